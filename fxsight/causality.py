@@ -1,0 +1,44 @@
+"""Is a write causal? Asked when it is written, answered at the user's line.
+
+The model's graph only flows forward in time, so a value read before the written location cannot depend on it. Only a
+value that has read something later needs a look: the intervention so far is woven, and must have an order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxsight.intervention import Write
+from fxsight.lines import user_line
+from fxsight.place import Location
+from fxsight.record import Recorder
+from fxsight.value import Value
+
+
+def check_causal(recorder: Recorder, location: Location, value: Any) -> None:
+    """Nothing when the write can be woven in.
+
+    Raises: CausalityError, with the way from the location to the value.
+    """
+    if not isinstance(value, Value):
+        return
+    node = recorder.node_of(value)
+    if all(since <= location.since for since in _read_times(recorder, node)):
+        return
+    from fxsight.passes.weave import Weave
+
+    Weave(recorder.trial(Write(location, node.name, False, user_line())))(recorder.program)
+
+
+def _read_times(recorder: Recorder, node: fx.Node) -> list[float]:
+    times = recorder.read_times()
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        at = stack.pop()
+        if at not in seen:
+            seen.add(at)
+            stack += at.all_input_nodes
+    return [times[n.name] for n in seen if n.name in times]

@@ -1,0 +1,167 @@
+"""Order among nodes beyond data: memory that is changed in place, and random numbers.
+
+A program is not functional: the model's own in-place operators stay in it, and so do the user's where others share
+the memory. Two rules keep the numbers those of the module: accesses to memory that is ever changed keep their order
+around the changes, and operators that draw random numbers keep their order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxsight import _torch
+from fxsight.node import origin_of
+from fxsight.spec import TensorSpec
+
+
+def storages(node: fx.Node) -> frozenset[str]:
+    """The memory a value may share, by name of its first node."""
+    return frozenset(_storages(node.meta.get("spec")))
+
+
+def _storages(spec: Any) -> Iterator[str]:
+    if isinstance(spec, TensorSpec):
+        yield spec.storage
+    elif isinstance(spec, tuple):
+        for part in spec:
+            yield from _storages(part)
+
+
+def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The arguments whose memory the operator changes, by its schema."""
+    target = node.target
+    if not isinstance(target, _torch.OpOverload) or not target._schema.is_mutable:
+        return ()
+    found: list[fx.Node] = []
+    for number, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[number] if number < len(node.args) else node.kwargs.get(argument.name)
+            found += [v for v in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(v, fx.Node)]
+    return tuple(found)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the operator draws random numbers (dropout counts only where it drops)."""
+    target = node.target
+    if isinstance(target, _torch.OpOverload):
+        if target is torch.ops.aten.dropout.default:
+            return bool(node.args[2]) and node.args[1] != 0
+        return torch.Tag.nondeterministic_seeded in target.tags
+    return getattr(target, "__name__", "") in _RANDOM
+
+
+_RANDOM = frozenset(
+    "bernoulli bernoulli_ dropout alpha_dropout feature_alpha_dropout multinomial normal normal_ poisson rand_like randn_like "
+    "randint_like uniform_ exponential_ geometric_ log_normal_ cauchy_ random_ rrelu gumbel_softmax".split()
+)
+
+
+def mutated_storages(nodes: Iterable[fx.Node]) -> frozenset[str]:
+    """All memory that some node changes."""
+    return frozenset(s for node in nodes for argument in mutated_arguments(node) for s in storages(argument))
+
+
+def effect_edges(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Pairs (earlier, later) that must keep their order though no data flows between them.
+
+    ``nodes`` in the order of the program (by time).
+    """
+    nodes = list(nodes)
+    changed = mutated_storages(nodes)
+    readers: dict[str, list[fx.Node]] = {}
+    writer: dict[str, fx.Node] = {}
+    last_random: fx.Node | None = None
+    for node in nodes:
+        written = {s for a in mutated_arguments(node) for s in storages(a)}
+        touched = {s for a in node.all_input_nodes for s in storages(a) if s in changed} | written
+        for storage in touched:
+            if storage in writer:
+                yield writer[storage], node
+            if storage in written:
+                yield from ((reader, node) for reader in readers.pop(storage, []))
+                writer[storage] = node
+            else:
+                readers.setdefault(storage, []).append(node)
+        if is_random(node):
+            if last_random is not None:
+                yield last_random, node
+            last_random = node
+
+
+class Cycle(Exception):
+    """The nodes cannot be ordered; ``nodes`` are those in the way."""
+
+    def __init__(self, nodes: list[fx.Node]) -> None:
+        super().__init__("cycle")
+        self.nodes = nodes
+
+
+def order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes in an order that respects data and effects, and otherwise their times.
+
+    Raises: Cycle.
+    """
+    nodes = list(nodes)
+    times = _times(nodes)
+    by_time = sorted(nodes, key=times.__getitem__)
+    known = set(nodes)
+    after: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+    waits: dict[fx.Node, int] = dict.fromkeys(nodes, 0)
+    edges = [(a, n) for n in nodes for a in n.all_input_nodes if a in known]
+    for first, second in [*edges, *effect_edges(by_time)]:
+        after[first].append(second)
+        waits[second] += 1
+    ready = [(times[n], i, n) for i, n in enumerate(nodes) if not waits[n]]
+    heapq.heapify(ready)
+    rank = {n: i for i, n in enumerate(nodes)}
+    done: list[fx.Node] = []
+    while ready:
+        node = heapq.heappop(ready)[2]
+        done.append(node)
+        for later in after[node]:
+            waits[later] -= 1
+            if not waits[later]:
+                heapq.heappush(ready, (times[later], rank[later], later))
+    if len(done) < len(nodes):
+        raise Cycle([n for n in nodes if waits[n]])
+    return done
+
+
+def _times(nodes: list[fx.Node]) -> Mapping[fx.Node, float]:
+    """When each node wants to run: the model's at their own time, others as soon as their inputs are there."""
+    times: dict[fx.Node, float] = {}
+
+    def time(node: fx.Node) -> float:
+        if node not in times:
+            own = origin_of(node).time
+            times[node] = -1.0  # on the way: a cycle is found by ``order``
+            inputs = node.all_input_nodes
+            times[node] = float(own) if own >= 0 else max((time(a) for a in inputs), default=-1.0) + 1e-6 * bool(inputs)
+        return times[node]
+
+    for node in nodes:
+        if node.op == "output":
+            times[node] = float("inf")
+        elif node.op == "placeholder":
+            times[node] = -2.0
+        else:
+            time(node)
+    return times
+
+
+def schedule(graph: fx.Graph) -> None:
+    """Put the nodes of a graph into that order.
+
+    Raises: Cycle.
+    """
+    nodes = list(graph.nodes)
+    ordered = order(nodes)
+    if ordered == nodes:
+        return
+    for node in ordered[:-1]:
+        ordered[-1].prepend(node)

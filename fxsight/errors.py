@@ -1,0 +1,97 @@
+"""Every error and warning of fxsight.
+
+    FxsightError
+    ├── CaptureError            the model cannot be captured
+    ├── AddressError            a name that is not an address at all (ValueError)
+    │   └── UnknownAddress      an address this program does not have (AttributeError)
+    ├── NotExecuted             an address that exists in the source, but that this forward never computes
+    ├── CausalityError          a write that depends on its own consequences
+    ├── WriteError              a written value of another structure, shape, dtype or device
+    ├── NotSavedError           a value used after its block without having been saved (ValueError)
+    ├── NeedsValueError         a body asks for a number where there is no input to compute it from
+    ├── InputError              inputs that a program cannot take
+    ├── TraceError              a trace used where it cannot be used
+    ├── ProgramError            a program that breaks one of the rules of ``verify``
+    └── TextError               text that is not a program
+
+    FxsightWarning
+    ├── LostEditWarning         an edit that nothing can see
+    └── FirstCallWarning        a plain write where the model is called several times
+
+Each message says the place, the fact, the nearest right names, and the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxsightError(Exception):
+    """Base of all errors raised on purpose by fxsight."""
+
+
+class CaptureError(FxsightError):
+    """The model cannot be captured as one graph: the message has the model's line, the cause, and what to try."""
+
+
+class AddressError(FxsightError, ValueError):
+    """Text that does not follow the grammar of addresses."""
+
+
+class UnknownAddress(AddressError, AttributeError):
+    """An address that the program does not have; the message lists the nearest ones it has."""
+
+
+class NotExecuted(FxsightError, AttributeError):
+    """An operation of the source on a branch that this forward does not take, or a module it does not call."""
+
+
+class CausalityError(FxsightError):
+    """A written value depends, through the model, on what lies downstream of the written location."""
+
+
+class WriteError(FxsightError, TypeError):
+    """A written value whose structure, shape, dtype or device is not that of the location."""
+
+
+class NotSavedError(FxsightError, ValueError):
+    """A value used after the block that made it, without ``.save()``."""
+
+
+class NeedsValueError(FxsightError):
+    """The body needs a number (``if``, ``.item()``, ``print``) and there is none to be had here."""
+
+
+class InputError(FxsightError, ValueError):
+    """Inputs whose structure, sizes or dtypes the program cannot take."""
+
+
+class TraceError(FxsightError, ValueError):
+    """A trace, or a value of one, used outside its block or inside another."""
+
+
+class ProgramError(FxsightError):
+    """A program that breaks a rule every program keeps; names the rule and the node."""
+
+
+class TextError(FxsightError, ValueError):
+    """Text that cannot be read as a program; names the line."""
+
+
+class FxsightWarning(UserWarning):
+    """Base of all warnings raised by fxsight."""
+
+
+class LostEditWarning(FxsightWarning):
+    """An edit that has no effect: of a stale value, or of one that nothing reads."""
+
+
+class FirstCallWarning(FxsightWarning):
+    """A plain write applies to the first of several calls."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """``did you mean 'a', 'b'?`` for the names closest to ``name``, or an empty string."""
+    found = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f"did you mean {', '.join(repr(f) for f in found)}?" if found else ""

@@ -1,0 +1,108 @@
+"""Functions as names and names as functions: what a program may call.
+
+``aten.add.Tensor`` is an ATen overload, ``torch.Tensor.mul`` and ``torch.nn.functional.gelu`` are torch's public
+functions, ``operator.getitem`` is Python's. A name outside these is refused, so text and files can be read safely.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch.overrides import resolve_name
+
+from fxsight import _torch
+from fxsight.errors import TextError
+
+Target = Callable[..., Any]
+
+# Python functions a program may contain: indexing, and the arithmetic of sizes.
+PYTHON: Mapping[str, Target] = {
+    **{
+        f"operator.{name}": getattr(operator, name)
+        for name in "getitem add sub mul floordiv mod neg pow truediv eq ne lt le gt ge and_ or_ not_".split()
+    },
+    "getattr": getattr,
+    "math.ceil": math.ceil,
+    "math.floor": math.floor,
+    "torch.sym_max": torch.sym_max,
+    "torch.sym_min": torch.sym_min,
+    "torch.sym_int": torch.sym_int,
+    "torch.sym_float": torch.sym_float,
+    "torch.sym_not": torch.sym_not,
+    "torch.sym_ite": torch.sym_ite,
+    "torch.sym_sqrt": getattr(torch, "_sym_sqrt", math.sqrt),
+}
+_ROOTS: tuple[tuple[str, Any], ...] = (
+    ("torch.nn.functional.", torch.nn.functional),
+    ("torch.Tensor.", torch.Tensor),
+    ("torch.special.", torch.special),
+    ("torch.linalg.", torch.linalg),
+    ("torch.fft.", torch.fft),
+    ("torch.nn.init.", torch.nn.init),
+    ("torch.", torch),
+)
+
+
+def function_name(target: Any) -> str:
+    """The name of a function.
+
+    Raises: TextError for a function that a program may not contain.
+    """
+    if isinstance(target, _torch.OpOverload):
+        packet = str(target)
+        return packet if packet.startswith("aten.") else f"torch.ops.{packet}"
+    for name, known in PYTHON.items():
+        if known is target:
+            return name
+    name = _public_name(target)
+    if name is None:
+        raise TextError(f"not a torch function: {target!r}; call it through fxsight.apply")
+    return name
+
+
+def _public_name(target: Any) -> str | None:
+    owner = getattr(target, "__objclass__", None)
+    if owner is not None and issubclass(torch.Tensor, owner):
+        return f"torch.Tensor.{target.__name__}"
+    found = resolve_name(target)
+    if found is not None:
+        return found.replace("torch.functional.", "torch.")
+    name = getattr(target, "__name__", "")
+    for prefix, root in _ROOTS:
+        if getattr(root, name, None) is target:
+            return prefix + name
+    return None
+
+
+def find_function(name: str) -> Target:
+    """The function of that name.
+
+    Raises: TextError when there is none, or when a program may not call it.
+    """
+    if name in PYTHON:
+        return PYTHON[name]
+    if name.startswith(("aten.", "torch.ops.")):
+        return _find_overload(name.removeprefix("torch.ops."))
+    for prefix, root in _ROOTS:
+        rest = name.removeprefix(prefix)
+        if rest != name and "." not in rest:
+            found = getattr(root, rest, None)
+            if callable(found) and not isinstance(found, type):
+                return found
+    raise TextError(f"no function {name!r}; a program calls aten.*, torch.*, torch.Tensor.* and operator.getitem")
+
+
+def _find_overload(name: str) -> Target:
+    found: Any = torch.ops
+    for part in name.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            raise TextError(f"no operator {name!r} in torch {torch.__version__}")
+    if not isinstance(found, _torch.OpOverload):
+        raise TextError(f"{name!r} is not one overload; write for example aten.add.Tensor")
+    return found

@@ -1,0 +1,90 @@
+"""What one ``with`` body asked for, as data: a small functional graph between reads and writes.
+
+    reads       value at a location (before any write of this body there)   → placeholder "input"-like
+    constants   tensors of the user's                                       → placeholder, never baked in
+    operations  torch calls on them, functional                             → call_function nodes
+    writes      location ← value, by assignment or in place
+    saves       structured values wanted after the block
+
+It is the thing that is woven, cached by, printed, kept by edits and sent: there is no Python code in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from fxsight.node import Fixed
+from fxsight.place import Location
+from fxsight.spec import TensorSpec
+from fxsight.targets import argument_text, target_name
+from fxsight.text import spec_text
+from fxsight.tree import Tree
+
+
+@dataclass(frozen=True)
+class Read:
+    """The value at a location, as the placeholder ``name`` of the graph."""
+
+    name: str
+    location: Location
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class Write:
+    """A location gets the value of the node ``value``: only there, or in place, for all who share its memory."""
+
+    location: Location
+    value: str
+    in_place: bool
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class Save:
+    """A structured value wanted after the block: per leaf the name of a node, or a fixed value."""
+
+    tree: Tree
+    leaves: tuple[str | Fixed, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """One body. ``graph`` has no output node; ``constants`` and ``weights`` map placeholders to their tensors.
+
+    updates: constants that the body changed in place, with the node of the new value.
+    sizes: names of the sizes that the body looked at: it holds for these alone.
+    """
+
+    graph: fx.Graph
+    reads: tuple[Read, ...]
+    constants: tuple[tuple[str, TensorSpec], ...]
+    weights: tuple[tuple[str, str], ...]
+    writes: tuple[Write, ...]
+    saves: tuple[Save, ...]
+    updates: tuple[tuple[int, str], ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()
+    opened: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        """One line per read, operation, write and save; equal texts mean equal interventions."""
+        names = {name: f"constant {i}" for i, (name, _) in enumerate(self.constants)}
+        names |= {name: f"weight {weight}" for name, weight in self.weights}
+        names |= {read.name: f"read {read.location.address}" for read in self.reads}
+        lines = [f"{n.name} = {_row(n, names)}    # {spec_text(n.meta.get('spec'))}" for n in self.graph.nodes]
+        lines += [f"{w.location.address} {'<<' if w.in_place else '<-'} {w.value}" for w in self.writes]
+        lines += [f"constant {number} << {value}" for number, value in self.updates]
+        lines += [f"save {s.tree.to_json()} {[x if isinstance(x, str) else x.value for x in s.leaves]}" for s in self.saves]
+        lines += [f"for {name} = {value}" for name, value in self.sizes]
+        return "\n".join([*lines, *(f"open {address}" for address in self.opened)])
+
+
+def _row(node: fx.Node, names: dict[str, str]) -> str:
+    if node.op == "placeholder":
+        return names[node.name]
+    arguments: list[Any] = [argument_text(a) for a in node.args]
+    arguments += [f"{k}={argument_text(v)}" for k, v in node.kwargs.items()]
+    return f"{target_name(node.target)}({', '.join(arguments)})"

@@ -1,0 +1,107 @@
+"""Program → callable, in two tiers behind one interface.
+
+eager: the graph as Python, ready at once; the same kernels in the same order as the module, so the same bits.
+inductor: compiled with free sizes; the same numbers within ``TOLERANCE``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from fxsight import _torch
+from fxsight.editor import copy_graph
+from fxsight.errors import InputError
+from fxsight.node import binding_of
+from fxsight.program import Program
+from fxsight.spec import TensorSpec, number
+
+Tier = Literal["eager", "inductor"]
+Lowered = Callable[..., Sequence[Any]]
+
+# Largest difference of the inductor tier from the eager one, relative and absolute, by dtype: the reassociation that
+# fused kernels do, as in torch.testing.assert_close.
+TOLERANCE: Mapping[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-7, 1e-7),
+    torch.float32: (1e-4, 1e-4),
+    torch.float16: (1e-2, 1e-2),
+    torch.bfloat16: (2e-2, 2e-2),
+}
+
+
+def eager(program: Program) -> Lowered:
+    """The program as one Python function of its placeholders; returns its results in order."""
+    forward: Lowered = _graph_module(program).forward
+    return forward
+
+
+def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int]) -> Lowered:
+    """The program compiled by Inductor for all sizes it is free in, except ``fixed`` ones.
+
+    arguments: one run's placeholders, for devices and dtypes; their numbers do not matter.
+    """
+    module = _graph_module(program)
+    places = [n for n in module.graph.nodes if n.op == "placeholder"]
+    mode = _torch.symbolic_mode()
+    example = [_example(mode, n, a, _examples(program, fixed), set(fixed)) for n, a in zip(places, arguments, strict=True)]
+    with mode:
+        _propagate(module, example)
+    compiled = _torch.compile_graph(module, example)
+    return lambda *args: compiled(*args)
+
+
+def _graph_module(program: Program) -> fx.GraphModule:
+    graph = copy_graph(program.graph)
+    for node in graph.nodes:
+        node.meta = {"spec": node.meta.get("spec"), "binding": node.meta.get("binding")}
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _examples(program: Program, fixed: Mapping[str, int]) -> Mapping[str, int]:
+    """A number for each free size: all different, so that equal numbers mean equal sizes."""
+    numbers = dict(fixed)
+    for size in program.sizes:
+        low = max(size.low, 2)
+        if size.name not in numbers:
+            numbers[size.name] = next(
+                n for n in range(low + 3, low + 10**4) if n not in numbers.values() and _allowed(program, {**numbers, size.name: n})
+            )
+    return numbers
+
+
+def _allowed(program: Program, numbers: Mapping[str, int]) -> bool:
+    """Whether the numbers break no guard among those whose sizes are all known."""
+    return not any(
+        all(s.name in numbers for s in guard.free_symbols) and guard.xreplace({s: numbers[s.name] for s in guard.free_symbols}) == False  # noqa: E712
+        for guard in program.guards
+    )
+
+
+def _example(mode: Any, node: fx.Node, argument: Any, sizes: Mapping[str, int], fixed: set[str]) -> Any:
+    spec = node.meta["spec"]
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    if binding_of(node).kind != "input" or not isinstance(spec, TensorSpec):
+        return _torch.symbolic(mode, argument.detach(), [False] * argument.ndim)
+    shape = [number(d, sizes) for d in spec.shape]
+    free = [not isinstance(d, int) and not {s.name for s in d.free_symbols} <= fixed for d in spec.shape]
+    return _torch.symbolic(mode, torch.empty(shape, dtype=spec.dtype, device=spec.device), free)
+
+
+def _propagate(module: fx.GraphModule, example: Sequence[Any]) -> None:
+    """Give every node the fake value that Inductor expects."""
+
+    class Propagate(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            n.meta["example_value"] = n.meta["val"] = result
+            return result
+
+    try:
+        with torch.no_grad():
+            Propagate(module).run(*example)
+    except _torch.NeedsData as error:
+        raise InputError(f"the inductor tier needs sizes that only running the model tells: {error}; use backend='eager'") from error

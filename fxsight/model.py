@@ -1,0 +1,184 @@
+"""What users hold: ``Model`` around any ``nn.Module``, and a ``View`` of each of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from fxsight.address import Address
+from fxsight.captures import Captures
+from fxsight.errors import TraceError
+from fxsight.store import Store
+from fxsight.tracer import Backend, Tracer
+
+
+class View:
+    """One module of a model: its children by name, its values inside a trace, its operations anywhere.
+
+    ``.output``, ``.input`` (first argument) and ``.inputs`` (``(args, kwargs)``) are read and written inside
+    ``with model.trace(...)``; ``.ops`` (= ``.source``) browses the operations of its forward.
+    """
+
+    def __init__(self, root: Model | None, module: nn.Module, path: str, call: int = 0) -> None:
+        own = self.__dict__
+        own["_root"], own["_module"], own["_path"], own["_call"] = root or self, module, path, call
+        own["_views"] = {}
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Any:
+        """What the module returns: a value, or a structure of values."""
+        return self._read("output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._write("output", value)
+
+    @property
+    def input(self) -> Any:
+        """The module's first argument."""
+        return self._read("input")
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._write("input", value)
+
+    @property
+    def inputs(self) -> Any:
+        """All arguments: ``(args, kwargs)``."""
+        return self._read("inputs")
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        self._write("inputs", value)
+
+    def _read(self, port: str) -> Any:
+        trace = self._open(port)
+        return trace.read(trace.place(self.address), port)
+
+    def _write(self, port: str, value: Any) -> None:
+        trace = self._open(port)
+        trace.write(trace.place(self.address), port, value)
+
+    def _open(self, port: str) -> Tracer:
+        trace: Tracer | None = self._root._captures.open
+        if trace is None:
+            raise TraceError(f"{self.address}:{port} has a value only inside a trace: with model.trace(...):")
+        return trace
+
+    # -- the tree ----------------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> Address:
+        """The module's address."""
+        return Address(self._path, self._call)
+
+    @property
+    def path(self) -> str:
+        """Dotted path as in ``named_modules``; empty for the root."""
+        return str(self._path)
+
+    def call(self, n: int) -> View:
+        """The same module, its call number ``n`` in one forward (0 is the first)."""
+        return View(self._root, self._module, self._path, n)
+
+    def __getattr__(self, name: str) -> Any:
+        module: nn.Module = self.__dict__["_module"]
+        try:
+            found = getattr(module, name)
+        except AttributeError:
+            known = ", ".join(name for name, _ in module.named_children()) or "no children"
+            raise AttributeError(f"{type(module).__name__} at {str(self.address) or 'the root'} has no attribute {name!r}; it has {known}") from None
+        return self._child(name) if isinstance(found, nn.Module) else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("output", "input", "inputs"):
+            object.__setattr__(self, name, value)
+        elif name.startswith("_"):
+            self.__dict__[name] = value
+        else:
+            setattr(self._module, name, value)
+
+    def _child(self, name: str) -> View:
+        views: dict[str, View] = self.__dict__["_views"]
+        module = getattr(self._module, name)
+        if name not in views or views[name]._module is not module:
+            views[name] = View(self._root, module, f"{self._path}.{name}" if self._path else name)
+        return views[name]
+
+    def __getitem__(self, key: int | slice) -> Any:
+        names = list(self._module._modules)
+        if isinstance(key, slice):
+            return [self._child(name) for name in names[key]]
+        if not -len(names) <= key < len(names):
+            raise IndexError(f"{self.address} has {len(names)} modules, 0 to {len(names) - 1}; there is no {key}")
+        return self._child(names[key])
+
+    def __len__(self) -> int:
+        return len(self._module._modules)
+
+    def __iter__(self) -> Iterator[View]:
+        return iter(self[:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module itself, on tensors or on values of a trace (its parameters are shared, not copied)."""
+        return self._module(*args, **kwargs)
+
+    def __dir__(self) -> list[str]:
+        own = ["output", "input", "inputs", "ops", "source", "path", "address", "call"]
+        return sorted({*own, *self._module._modules, *dir(type(self))})
+
+    def __repr__(self) -> str:
+        return repr(self._module)
+
+    @property
+    def ops(self) -> Any:
+        """The operations of the module's forward: print them, index them, find them."""
+        from fxsight.ops import Operations
+
+        return Operations.of_module(self._root, self.address)
+
+    @property
+    def source(self) -> Any:
+        """The same as ``ops``."""
+        return self.ops
+
+
+class Model(View):
+    """Any ``nn.Module``, to be read, changed and compiled; the module itself is not touched.
+
+        model = Model(net)
+        with model.trace(x) as tracer:
+            hidden = model.layer1.output.save()
+            model.layer2.input[:, 0] = 0
+            out = model.output.save()
+
+    cache: whether captured programs are kept on disk (``store``).
+    """
+
+    def __init__(self, module: nn.Module, *, cache: bool = True) -> None:
+        super().__init__(None, module, "")
+        self.__dict__["_captures"] = Captures(module, Store() if cache else None)
+
+    def trace(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> Tracer:
+        """A block in which values of ``module(*args, **kwargs)`` are read and written; it runs when the block ends.
+
+        backend: "eager" is bitwise the module's own numbers; "inductor" compiles; "auto" is eager.
+        """
+        return Tracer(self._captures, args, kwargs, backend)
+
+
+
+
+def save(value: Any) -> Any:
+    """Keep every value in a structure: after the block they are plain tensors.  Returns: the structure."""
+    from fxsight.value import values_in
+
+    first = next(values_in(value), None)
+    if first is None:
+        raise TraceError("nothing to save: no value of a trace in it")
+    first.cell.recorder.keep(value)
+    return value

@@ -1,0 +1,220 @@
+"""The inverse of ``text``: Python text → an equal program.
+
+Nothing is executed: the text is parsed as Python, names are looked up among torch's functions (``targets``), literals
+are read as literals, and anything else is an error with its line. The address book is not part of the text; it is
+stored beside it (``store``).
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import tokenize
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxsight.book import Book
+from fxsight.errors import TextError
+from fxsight.node import Binding, Fixed, InputLeaf, Origin, OutputLeaf, Size
+from fxsight.program import Program
+from fxsight.spec import SizeSpec, Spec, TensorSpec, contiguous_stride, parse_dims, parse_expr, parse_tensor
+from fxsight.targets import find_target
+from fxsight.tree import Tree
+
+
+def parse_program(text: str, book: Book | None = None, literals: Mapping[str, torch.Tensor] | None = None) -> Program:
+    """The program whose text this is.
+
+    Raises: TextError, naming the line, for anything that is not such a text.
+    """
+    function, notes = _parse(text)
+    fields = dict(re.findall(r"^# (sizes|where|made by|inputs|outputs): (.*)$", text, re.MULTILINE))
+    name = re.search(r"^# program (.*)$", text, re.MULTILINE)
+    if name is None or "inputs" not in fields or "outputs" not in fields:
+        raise TextError("line 1: a program begins with '# program NAME' and has '# inputs:' and '# outputs:' lines")
+    inputs, input_leaves = _structure(fields["inputs"])
+    outputs, output_leaves = _structure(fields["outputs"])
+    return Program(
+        name[1],
+        _Reader(notes).graph(function),
+        inputs,
+        tuple(map(_input_leaf, input_leaves)),
+        outputs,
+        tuple(map(_output_leaf, output_leaves)),
+        tuple(map(_size, fields.get("sizes", "").split(", "))) if fields.get("sizes") else (),
+        tuple(_expression(g) for g in fields.get("where", "").split("; ") if g),
+        book or Book(),
+        dict(literals or {}),
+        tuple(_history(fields.get("made by", "capture"))),
+    )
+
+
+def _parse(text: str) -> tuple[ast.FunctionDef, dict[int, str]]:
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise TextError(f"line {error.lineno}: {error.msg}") from None
+    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
+        raise TextError("line 1: a program is one function definition")
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return tree.body[0], {t.start[0]: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
+
+
+def _structure(text: str) -> tuple[Tree, list[Any]]:
+    try:
+        tree, leaves = json.loads(text)
+        return Tree.from_json(tree), leaves
+    except (ValueError, TypeError, KeyError) as error:
+        raise TextError(f"not a structure: {text[:60]!r}: {error}") from None
+
+
+def _input_leaf(data: Any) -> InputLeaf:
+    if "fixed" in data:
+        return Fixed(data["fixed"])
+    return _tensor(data["type"], data, "")
+
+
+def _output_leaf(data: Any) -> OutputLeaf:
+    return None if data is None else Fixed(data["fixed"])
+
+
+def _size(text: str) -> Size:
+    match = re.fullmatch(r"(?:(\d+) <= )?(\w+)(?: (>=|<=) (\d+))?", text)
+    if match is None:
+        raise TextError(f"not a size: {text!r}; write 'batch >= 1' or '2 <= length <= 64'")
+    low, name, sign, bound = match.groups()
+    return Size(name, int(bound), None) if sign == ">=" else Size(name, int(low or 0), int(bound))
+
+
+def _history(text: str) -> list[str]:
+    """Split at commas outside brackets."""
+    return re.findall(r"(?:[^,(\[]|\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^\]]*\])+", text.replace(", ", ","))
+
+
+def _expression(text: str) -> Any:
+    return parse_expr(ast.parse(text, mode="eval").body)
+
+
+class _Reader:
+    """Reads the lines of one function into a graph."""
+
+    def __init__(self, notes: Mapping[int, str]) -> None:
+        self.notes = notes
+        self.made: dict[str, fx.Node] = {}
+
+    def graph(self, function: ast.FunctionDef) -> fx.Graph:
+        graph = fx.Graph()
+        for argument in function.args.args:
+            node = self._add(graph.placeholder(argument.arg), argument.arg, argument.lineno)
+            node.meta["binding"] = _binding(argument)
+        for statement in function.body:
+            self._statement(graph, statement)
+        return graph
+
+    def _statement(self, graph: fx.Graph, statement: ast.stmt) -> None:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call):
+                kwargs = {k.arg: self._value(k.value) for k in call.keywords if k.arg is not None}
+                target = find_target(ast.unparse(call.func))
+                node = graph.create_node("call_function", target, tuple(map(self._value, call.args)), kwargs, name)
+                self._add(node, name, statement.lineno)
+            case ast.Return(value=ast.expr() as value):
+                graph.output(self._value(value))
+            case _:
+                raise TextError(f"line {statement.lineno}: not 'name = function(...)': {ast.unparse(statement)!r}")
+
+    def _add(self, node: fx.Node, name: str, line: int) -> fx.Node:
+        if node.name != name or name in self.made:
+            raise TextError(f"line {line}: the name {name!r} is taken or reserved")
+        self.made[name] = node
+        node.meta.update(_read_note(self.notes.get(line, ""), name, line))
+        return node
+
+    def _value(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Name(id=name):
+                if name not in self.made:
+                    raise TextError(f"line {node.lineno}: {name!r} is used before it is made")
+                return self.made[name]
+            case ast.Tuple(elts=elements):
+                return tuple(map(self._value, elements))
+            case ast.List(elts=elements):
+                return list(map(self._value, elements))
+            case ast.Dict(keys=keys, values=values):
+                return {ast.literal_eval(k): self._value(v) for k, v in zip(keys, values, strict=True) if k is not None}
+            case ast.Call(func=ast.Name(id="slice"), args=parts):
+                return slice(*map(self._value, parts))
+            case _:
+                return _literal(node)
+
+
+def _literal(node: ast.expr) -> Any:
+    match node:
+        case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str() as text)]):
+            return float(text)
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="device"), args=[ast.Constant(value=str() as text)]):
+            return torch.device(text)
+        case ast.Attribute(value=ast.Name(id="torch"), attr=name):
+            found = getattr(torch, name, None)
+            if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+                return found
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise TextError(f"line {node.lineno}: not an argument: {ast.unparse(node)!r}") from None
+
+
+def _binding(argument: ast.arg) -> Binding:
+    text = argument.annotation.value if isinstance(argument.annotation, ast.Constant) else ""
+    kind, _, key = str(text).partition(" ")
+    if kind in ("weight", "literal"):
+        return Binding(kind, key)  # type: ignore[arg-type]
+    if kind in ("input", "constant") and key.isdigit():
+        return Binding(kind, int(key))  # type: ignore[arg-type]
+    raise TextError(f"line {argument.lineno}: not a binding: {text!r}; write 'weight NAME' or 'input NUMBER'")
+
+
+_NOTE = re.compile(r"(?P<spec>none|size [^{]*?|\(.*?\)|[\w]+\[[^\]]*\])(?:  (?P<address>[^{]\S*))?(?:  \{(?P<extras>.*)\})?$")
+
+
+def _read_note(note: str, name: str, line: int) -> dict[str, Any]:
+    if not note:
+        return {}
+    match = _NOTE.match(note)
+    if match is None:
+        raise TextError(f"line {line}: cannot read the note {note!r}; write for example '# f32[batch, 64]'")
+    extras: dict[str, Any] = {}
+    if match["extras"]:
+        call = ast.parse(f"dict({match['extras']})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        extras = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    origin = {key: extras[key] for key in vars(Origin()) if key in extras}
+    return {"spec": _spec(match["spec"], extras, name), "origin": Origin(**origin)}
+
+
+def _spec(text: str, extras: Mapping[str, Any], name: str) -> Spec:
+    if text == "none":
+        return None
+    if text.startswith("size "):
+        return SizeSpec(_expression(text.removeprefix("size ")))
+    if text.startswith("("):
+        members = _split(text[1:-1])
+        parts = extras.get("parts", [{}] * len(members))
+        return tuple(_spec(m, p, f"{name}[{i}]") for i, (m, p) in enumerate(zip(members, parts, strict=True)))
+    return _tensor(text, extras, name)
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside brackets."""
+    return [part.strip() for part in re.findall(r"(?:[^,\[(]|\[[^\]]*\]|\([^)]*\))+", text)]
+
+
+def _tensor(text: str, extras: Mapping[str, Any], name: str) -> TensorSpec:
+    dtype, shape = parse_tensor(text)
+    stride = parse_dims(extras["stride"]) if "stride" in extras else contiguous_stride(shape)
+    return TensorSpec(dtype, shape, stride, extras.get("device", "cpu"), extras.get("shares", name))

@@ -1,0 +1,214 @@
+"""From an address to the place it names in one program: which node, and when.
+
+A value in a program is a node *at a time*: the same tensor can be a function's argument, its result and the next
+module's input. A place says which uses of the node a write there changes: for an output, all that come later; for an
+input, those inside the call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxsight.address import Address, Key, Step
+from fxsight.book import Call, Const, Leaf, Opaque, Ref, Structure, Weight
+from fxsight.errors import NotExecuted, UnknownAddress, nearest
+from fxsight.node import binding_of, origin_of
+from fxsight.program import Program
+from fxsight.source import Source, SourceReader
+from fxsight.targets import target_name
+from fxsight.tree import LEAF, Tree
+
+
+@dataclass(frozen=True)
+class Place:
+    """One call of a program, or one node: its structured input and output, and when they are there.
+
+    key: equal for equal places.  start, end: of the call, on the clock of the book.
+    """
+
+    address: Address
+    key: str
+    inputs: Structure
+    output: Structure
+    start: float
+    end: float
+    call: Call | None = None
+
+    def port(self, port: str) -> tuple[Structure, int]:
+        """The structure at a port, and the number of its first leaf in the whole input or output."""
+        if port == "output":
+            return self.output, 0
+        if port == "inputs":
+            return self.inputs, 0
+        args, kwargs = self.inputs.tree.children
+        number = 0 if args.children else args.size
+        first = (args.children or kwargs.children or (LEAF,))[0]
+        return Structure(first, self.inputs.leaves[number : number + first.size]), number
+
+
+@dataclass(frozen=True)
+class Location:
+    """One leaf of a place's input or output: a node of the graph, and the uses of it that belong to the leaf.
+
+    node: its name.  since, until: a use at time t belongs to it when ``since < t <= until``.
+    """
+
+    place: str
+    side: str
+    leaf: int
+    node: str
+    since: float
+    until: float
+    address: Address
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Equal for equal locations."""
+        return (self.place, self.side, self.leaf)
+
+
+def locations(place: Place, port: str) -> tuple[Structure, tuple[Location | None, ...]]:
+    """The structure at a port and, per leaf, its location; None for leaves that are not values of the graph."""
+    structure, first = place.port(port)
+    side = "output" if port == "output" else "input"
+    found: list[Location | None] = []
+    for number, (leaf, path) in enumerate(zip(structure.leaves, structure.tree.paths(), strict=True)):
+        since, until = (place.end, math.inf) if side == "output" else (place.start, place.end)
+        address = place.address.at(port, *(k if isinstance(k, int) else str(k) for k in path))
+        known = isinstance(leaf, Ref)
+        found.append(Location(place.key, side, first + number, leaf.node, since, until, address) if known else None)  # type: ignore[union-attr]
+    return structure, tuple(found)
+
+
+class Places:
+    """All places of one program, by address."""
+
+    def __init__(self, program: Program, reader: SourceReader, class_name: str = "") -> None:
+        self.program = program
+        self.reader = reader
+
+    def find(self, address: Address) -> Place:
+        """The place an address names.
+
+        Raises: UnknownAddress with the nearest names; NotExecuted where the source has it but this forward does not
+        run it.
+        """
+        call = self._module(address)
+        for depth, step in enumerate(address.steps):
+            below = self.program.book.child(call, step.name, step.n)
+            if below is None:
+                last = depth == len(address.steps) - 1
+                node = self.node_places(call).get(str(step)) if last else None
+                if node is None:
+                    raise self._missing(call, step)
+                return node
+            call = below
+        return self.place(call)
+
+    def place(self, call: Call) -> Place:
+        """The place of a call."""
+        return Place(self.program.book.address(call), str(call.id), call.inputs, call.output, call.start, call.end, call)
+
+    def _module(self, address: Address) -> Call:
+        modules = self.program.book.modules
+        call = modules.get((address.module, address.call))
+        if call is not None:
+            return call
+        calls = sum(path == address.module for path, _ in modules)
+        if calls:
+            raise NotExecuted(f"{address.place}: this forward calls {address.module!r} {_times(calls)}; the last is {address.module}#{calls - 1}")
+        paths = sorted({path for path, _ in modules})
+        raise NotExecuted(
+            f"{address.place}: this forward never calls the module {address.module!r}, so it has no input and no output; "
+            f"{nearest(address.module, paths) or 'see model.ops for what runs'}"
+        )
+
+    def _missing(self, call: Call, step: Step) -> Exception:
+        place, source = self.program.book.address(call), self.source(call)
+        made = [c for c in self.program.book.children(call) if c.name == step.name]
+        if made:
+            return NotExecuted(f"{place}/{step}: {step.name} runs {_times(len(made))} here; the last is {step.name}#{len(made) - 1}")
+        site = source.find(step.name) if source is not None else None
+        if site is not None and step.name in call.ran:
+            return NotExecuted(f"{place}/{step}: it runs, but calls nothing of torch or Python whose value could be kept: {site.text}")
+        if site is not None:
+            return NotExecuted(f"{place}/{step}: on a branch that this forward does not take (line {site.span.line}: {site.text})")
+        known = [c.name for c in self.program.book.children(call)]
+        hint = nearest(step.name, [*known, *self.node_places(call)])
+        listed = ", ".join(dict.fromkeys(known)) or "no operations"
+        return UnknownAddress(f"no operation {step.name!r} in {str(place) or 'the root module'}; {hint}\n  it has: {listed}".replace("; \n", "\n"))
+
+    def source(self, call: Call) -> Source | None:
+        """The source whose operations are the call's children."""
+        return None if call.body is None else self.reader.find(*call.body)
+
+    def node_places(self, call: Call) -> Mapping[str, Place]:
+        """Every node made by a call or below it, under its own stable name: operator and number in the call."""
+        inside = {c.id for c in self.program.book.within(call)} if call.kind != "module" else self._own(call)
+        counts: dict[str, int] = {}
+        found: dict[str, Place] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "call_function" and origin_of(node).call in inside:
+                name = target_name(node.target).split(".")
+                label = f"aten_{name[1]}" if name[0] == "aten" else "_".join(name)
+                number = counts[label] = counts.get(label, -1) + 1
+                found[f"{label}_{number}"] = self._node_place(call, f"{label}_{number}", node)
+        return found
+
+    def _own(self, call: Call) -> set[int]:
+        """The call and what is below it, without other modules."""
+        found = {call.id}
+        for child in self.program.book.children(call):
+            if child.kind != "module":
+                found |= self._own(child)
+        return found
+
+    def _node_place(self, call: Call, name: str, node: fx.Node) -> Place:
+        time = origin_of(node).time
+        inputs = _structure_of((tuple(node.args), dict(node.kwargs)))
+        output = Structure(LEAF, (Ref(node.name),))
+        return Place(self.program.book.address(call).step(name), f"%{node.name}", inputs, output, time - 0.5, time)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _structure_of(value: Any) -> Structure:
+    leaves: list[Leaf] = []
+    return Structure(_walk(value, leaves), tuple(leaves))
+
+
+def _walk(value: Any, leaves: list[Leaf]) -> Tree:
+    if isinstance(value, (tuple, list)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return Tree(kind, "", tuple(range(len(value))), tuple(_walk(v, leaves) for v in value))
+    if isinstance(value, dict):
+        return Tree("dict", "", tuple(value), tuple(_walk(v, leaves) for v in value.values()))
+    leaves.append(_leaf(value))
+    return LEAF
+
+
+def _leaf(value: Any) -> Leaf:
+    if isinstance(value, fx.Node):
+        if value.op == "placeholder" and binding_of(value).kind == "weight":
+            return Weight(str(binding_of(value).key))
+        return Ref(value.name)
+    return Const(value) if value is None or isinstance(value, (bool, int, float, str)) else Opaque(type(value).__name__)
+
+
+def sub_structure(structure: Structure, key: Key) -> tuple[Structure, int]:
+    """The member under a key, and the number of its first leaf."""
+    number = 0
+    for name, child in zip(structure.tree.keys, structure.tree.children, strict=True):
+        if name == key:
+            return Structure(child, structure.leaves[number : number + child.size]), number
+        number += child.size
+    raise KeyError(key)
+
+

@@ -1,0 +1,369 @@
+"""Where every value of a forward comes from: the scribe that writes the address book while ``torch.export`` traces.
+
+Three public hooks of Python and torch, active only inside this one call of the model:
+
+- forward pre-hooks and hooks pass each tensor that crosses a module's border through ``aten.alias``, so that every
+  module input and output is a node of its own (removed again by ``erase_boundaries``);
+- a ``TorchFunctionMode`` sees every torch call of the model's Python, infix operators included;
+- ``sys.setprofile`` sees every Python call and return, hence the arguments and results of each function.
+
+Together with the source (``source.Source``) they give each call its operation name. Nothing of this remains in the
+program: the book is data.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fxsight import _torch
+from fxsight.book import Call, Const, Kind, Leaf, Opaque, Ref, SizeRef, Structure, Weight
+from fxsight.source import Kind as SiteKind
+from fxsight.source import Site, Source, SourceReader, Span, site_table
+from fxsight.tree import LEAF, flatten
+
+TAG = "fxsight"  # key of our tag in node.meta["custom"]: [time, call]
+_INNER_CODE = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>", "<lambda>")
+_EMPTY = Structure(LEAF, (Const(None),))
+
+
+@dataclass(eq=False)
+class OpenCall:
+    """A call that is being made; becomes a ``Call`` when the model has returned."""
+
+    id: int
+    parent: OpenCall | None
+    kind: Kind
+    name: str
+    n: int
+    module: str
+    module_call: int
+    title: str
+    line: str
+    start: int
+    code: CodeType | None = None
+    source: Source | None = None
+    frame: FrameType | None = None
+    inputs: Structure = _EMPTY
+    output: Structure = _EMPTY
+    end: int = -1
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+    ran: dict[str, None] = field(default_factory=dict[str, None])
+
+    def close(self) -> Call:
+        """The finished call."""
+        body = None if self.code is None else (self.code.co_filename, self.code.co_name, self.code.co_firstlineno)
+        ran = tuple(name for name in self.ran if name not in self.counts)
+        parent = None if self.parent is None else self.parent.id
+        return Call(
+            self.id, parent, self.kind, self.name, self.n, self.module, self.module_call, self.title, self.line,
+            body, self.inputs, self.output, self.start, self.end if self.end >= 0 else self.start, ran,
+        )  # fmt: skip
+
+
+class Scribe:
+    """Writes down the calls of one forward of ``root``; use as ``with scribe.watching(): root(...)``."""
+
+    def __init__(self, root: nn.Module, reader: SourceReader) -> None:
+        self.root = root
+        self.reader = reader
+        self.calls: list[OpenCall] = []
+        self.returned: tuple[Any, Any] = (None, None)  # structure and fixed leaves of the model's output
+        self._clock = 0
+        self._stack: list[OpenCall] = []
+        self._frames: dict[FrameType, OpenCall] = {}
+        self._last_node: torch.fx.Node | None = None
+        self._paths = {id(m): path for path, m in root.named_modules()}
+        self._weights: dict[int, str] = {}
+        self._own: dict[CodeType, bool] = {}
+        self._tables: dict[CodeType, dict[int, tuple[Span, SiteKind]]] = {}
+        self._libraries = Libraries()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Active inside: hooks on the modules, torch calls, Python calls. All removed on the way out."""
+        tensors = [*self.root.named_parameters(remove_duplicate=False), *self.root.named_buffers(remove_duplicate=False)]
+        self._weights = {id(t): name for name, t in reversed(tensors)}
+        handles = [h for m in self.root.modules() for h in self._hook(m)]
+        before = sys.getprofile()
+        try:
+            with _TorchCalls(self):
+                sys.setprofile(self._profile)
+                yield
+        finally:
+            sys.setprofile(before)
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(self._enter_module, with_kwargs=True),
+            module.register_forward_hook(self._leave_module),
+        ]
+
+    # -- the clock ---------------------------------------------------------------------------------------------------
+
+    def tick(self) -> int:
+        """Tag the nodes made since the last tick with their time and innermost call; then the time now."""
+        graph = _torch.export_graph()
+        if graph is not None:
+            node = self._last_node.next if self._last_node is not None else next(iter(graph.nodes), None)
+            while node is not None and node.op != "root":
+                self._clock += 1
+                call = self._stack[-1].id if self._stack else -1
+                node.meta["custom"] = {**(node.meta.get("custom") or {}), TAG: [self._clock, call]}
+                self._last_node, node = node, node.next
+        self._clock += 1
+        return self._clock
+
+    def _begin(self, kind: Kind, title: str, name: str, line: str) -> OpenCall:
+        start = self.tick()
+        parent = self._stack[-1] if self._stack else None
+        n = parent.counts.get(name, 0) if parent is not None else 0
+        if parent is not None:
+            parent.counts[name] = n + 1
+        module, number = (parent.module, parent.module_call) if parent is not None else ("", 0)
+        call = OpenCall(len(self.calls), parent, kind, name, n, module, number, title, line, start)
+        self.calls.append(call)
+        self._stack.append(call)
+        return call
+
+    def _end(self, call: OpenCall, output: Any) -> None:
+        call.end = self.tick()
+        call.output = self._structure(output)
+        self._stack.remove(call)
+
+    def _site(self, parent: OpenCall | None, frame: FrameType | None) -> tuple[Site | None, str]:
+        """The place in the parent's source that is being executed, and its ``file:line``.
+
+        No place when the frame is deeper: in a constructor or getter that the source uses.
+        """
+        line = ""
+        while frame is not None and parent is not None:
+            if frame is parent.frame or (frame.f_code.co_name in _INNER_CODE and self._is_own(frame.f_code)):
+                line = line or f"{self._libraries.short(frame.f_code.co_filename)}:{frame.f_lineno}"
+                found = self._table(frame.f_code).get(frame.f_lasti)
+                site = parent.source.at(*found) if parent.source is not None and found is not None else None
+                if site is not None or frame is parent.frame:
+                    return site, line
+            elif self._is_own(frame.f_code):
+                return None, line
+            frame = frame.f_back
+        return None, line
+
+    def _table(self, code: CodeType) -> dict[int, tuple[Span, SiteKind]]:
+        if code not in self._tables:
+            self._tables[code] = site_table(code)
+        return self._tables[code]
+
+    # -- modules -----------------------------------------------------------------------------------------------------
+
+    def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        with self._not_watching():
+            path = self._paths[id(module)]
+            site, line = self._site(self._stack[-1] if self._stack else None, sys._getframe(1))
+            name = site.name if site is not None else path.rpartition(".")[2] or "root"
+            call = self._begin("module", type(module).__name__, name, line)
+            call.module, call.module_call = path, sum(c.kind == "module" and c.module == path for c in self.calls[:-1])
+            call.code = _body(module)
+            call.source = self.reader.of(call.code) if call.code is not None else None
+            args, kwargs = _border((args, kwargs))
+            call.start = self.tick()
+            call.inputs = self._structure((args, kwargs))
+            return args, kwargs
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> Any:
+        with self._not_watching():
+            output = _border(output)
+            self._end(next(c for c in reversed(self._stack) if c.module == self._paths[id(module)]), output)
+            return output
+
+    # -- Python functions --------------------------------------------------------------------------------------------
+
+    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call" and self._is_own(frame.f_code):
+            self._enter_function(frame)
+        elif event == "return" and frame in self._frames:
+            self._leave_function(frame, arg)
+        elif event == "c_call" and self._stack and frame is self._stack[-1].frame:
+            site, _ = self._site(self._stack[-1], frame)
+            if site is not None:
+                self._stack[-1].ran[site.name] = None
+
+    def _enter_function(self, frame: FrameType) -> None:
+        with self._not_watching():
+            top = self._stack[-1] if self._stack else None
+            if top is None or frame.f_code.co_name in _INNER_CODE or frame.f_code.co_flags & inspect.CO_GENERATOR:
+                return
+            if top.frame is None:
+                if top.code is frame.f_code:  # the module's own forward: its body begins
+                    top.frame = frame
+                return  # else a decorator between the module's call and its forward
+            if _is_wrapped_by(frame, top):  # the function inside a decorator: the body of the call already open
+                top.code, top.source, top.frame = frame.f_code, self.reader.of(frame.f_code), frame
+                return
+            site, line = self._site(top, frame.f_back)
+            if site is None or site.kind != "call" or frame.f_code.co_name.startswith("__"):
+                return  # an attribute's getter, an operator, a constructor: part of the line that uses it
+            call = self._begin("function", frame.f_code.co_name, site.name, line)
+            call.code, call.source, call.frame = frame.f_code, self.reader.of(frame.f_code), frame
+            call.inputs = self._structure(_arguments(frame))
+            self._frames[frame] = call
+
+    def _leave_function(self, frame: FrameType, value: Any) -> None:
+        with self._not_watching():
+            call = self._frames.pop(frame)
+            if call in self._stack:
+                self._end(call, value)
+            call.frame = None
+
+    def _is_own(self, code: CodeType) -> bool:
+        """Whether the code is the model's: neither torch's, Python's nor ours (forwards of torch's modules are)."""
+        known = self._own.get(code)
+        if known is None:
+            known = self._own[code] = self._libraries.is_model_code(code.co_filename)
+        return known or any(call.code is code for call in self._stack[-1:])
+
+    # -- torch calls -------------------------------------------------------------------------------------------------
+
+    def torch_call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make one torch call and write it down."""
+        with self._not_watching():
+            name = getattr(func, "__name__", type(func).__name__)
+            if name == "__get__" or func is torch.ops.aten.alias.default or not self._stack or self._stack[-1].frame is None:
+                return func(*args, **kwargs)
+            site, line = self._site(self._stack[-1], sys._getframe(2))
+            label = site.name if site is not None else "torch_" + re.sub(r"\W", "_", name.strip("_"))
+            call = self._begin("torch", name, label, line)
+            call.inputs = self._structure((args, kwargs))
+            output = func(*args, **kwargs)
+            if not _is_in_place(name, kwargs):
+                output = self._own_node(output, call.start)
+            self._end(call, output)
+            return output
+
+    def _own_node(self, output: Any, start: int) -> Any:
+        """A result that is one of the arguments (``contiguous()`` of a contiguous tensor) gets a node of its own."""
+        if not isinstance(output, torch.Tensor):
+            return output
+        node = _torch.export_node(output)
+        tag = None if node is None else (node.meta.get("custom") or {}).get(TAG)
+        return torch.ops.aten.alias.default(output) if tag is not None and tag[0] < start else output
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    def _structure(self, value: Any) -> Structure:
+        leaves, tree = flatten(value)
+        return Structure(tree, tuple(map(self._leaf, leaves)))
+
+    def _leaf(self, value: Any) -> Leaf:
+        if isinstance(value, torch.Tensor):
+            if id(value) in self._weights:
+                return Weight(self._weights[id(value)])
+            node = _torch.export_node(value)
+            tag = None if node is None else (node.meta.get("custom") or {}).get(TAG)
+            return Opaque("tensor made before the forward") if tag is None else Ref(str(tag[0]))
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return SizeRef(str(_torch.size_expr(value)))
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return Const(value)
+        return Opaque(type(value).__qualname__)
+
+    @contextmanager
+    def _not_watching(self) -> Iterator[None]:
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(self._profile)
+
+
+class _TorchCalls(TorchFunctionMode):
+    """Hands every torch call of the model's Python to the scribe."""
+
+    def __init__(self, scribe: Scribe) -> None:
+        super().__init__()
+        self._scribe = scribe
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._scribe.torch_call(func, args, kwargs or {})
+
+
+class Libraries:
+    """Tells the model's files from those of Python, torch and fxsight, and shortens paths."""
+
+    def __init__(self) -> None:
+        self._torch = inspect.getfile(torch).rpartition("__init__")[0]
+        self._here = __file__.rpartition("provenance")[0]
+        self._python = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib")})
+        self._roots = sorted((p.rstrip("/") + "/" for p in sys.path if p), key=len, reverse=True)
+
+    def is_model_code(self, file: str) -> bool:
+        """Whether a file can hold model code."""
+        if file.startswith(("<frozen", "<string", self._torch, self._here)):
+            return False
+        return "site-packages" in file or not file.startswith(self._python)
+
+    def short(self, file: str) -> str:
+        """The path below the folder it is imported from: the same on every machine."""
+        return next((file.removeprefix(root) for root in self._roots if file.startswith(root)), file)
+
+
+def _border(value: Any) -> Any:
+    """Each tensor of plain containers through ``alias``; lists and dicts keep their identity, objects are left."""
+    if isinstance(value, torch.Tensor):
+        return torch.ops.aten.alias.default(value)
+    if type(value) is tuple:
+        return tuple(map(_border, value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_border, value))
+    if isinstance(value, (list, dict)):  # a ModelOutput is a dict
+        items = enumerate(value) if isinstance(value, list) else list(value.items())
+        for key, member in items:
+            value[key] = _border(member)
+    return value
+
+
+def _body(module: nn.Module) -> CodeType | None:
+    """The code of the module's forward, below its decorators."""
+    forward = inspect.unwrap(module.forward)
+    code = getattr(forward, "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _is_wrapped_by(frame: FrameType, call: OpenCall) -> bool:
+    """Whether ``call`` is a decorator's ``wrapper(*args, **kwargs)`` and ``frame`` the function it wraps."""
+    code, flags = call.code, inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    if call.kind != "function" or code is None or call.frame is None or code.co_flags & flags != flags:
+        return False
+    closed = (call.frame.f_locals.get(name) for name in code.co_freevars)
+    return any(getattr(value, "__code__", None) is frame.f_code for value in closed)
+
+
+def _arguments(frame: FrameType) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments a function was entered with."""
+    info = inspect.getargvalues(frame)
+    code = frame.f_code
+    keyword_only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+    args = [info.locals[name] for name in info.args if name in info.locals and name not in keyword_only]
+    kwargs = {name: info.locals[name] for name in keyword_only if name in info.locals}
+    args += info.locals.get(info.varargs, ()) if info.varargs else ()
+    kwargs.update(info.locals.get(info.keywords, {}) if info.keywords else {})
+    return tuple(args), kwargs
+
+
+def _is_in_place(name: str, kwargs: Any) -> bool:
+    return "out" in kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+

@@ -1,0 +1,67 @@
+"""What a node may call and with what: functions by name (``functions``), and arguments as Python text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxsight.errors import TextError
+from fxsight.functions import find_function, function_name
+from fxsight.mutate import mutate
+
+Target = Callable[..., Any]
+
+
+def target_name(target: Any) -> str:
+    """The name of what a node calls.
+
+    Raises: TextError for a function that a program may not contain.
+    """
+    return "mutate" if target is mutate else function_name(target)
+
+
+def find_target(name: str) -> Target:
+    """The function of that name.
+
+    Raises: TextError when there is none, or when a program may not call it.
+    """
+    return mutate if name == "mutate" else find_function(name)
+
+
+def argument_text(value: Any) -> str:
+    """An argument of a node as Python text.
+
+    Raises: TextError for a value that cannot stand in a program.
+    """
+    match value:
+        case fx.Node():
+            return value.name
+        case tuple():
+            return f"({', '.join(map(argument_text, value))}{',' if len(value) == 1 else ''})"
+        case list():
+            return f"[{', '.join(map(argument_text, value))}]"
+        case dict():
+            return "{" + ", ".join(f"{k!r}: {argument_text(v)}" for k, v in value.items()) + "}"
+        case slice():
+            return f"slice({argument_text(value.start)}, {argument_text(value.stop)}, {argument_text(value.step)})"
+        case torch.device():
+            return f"torch.device({str(value)!r})"
+        case torch.dtype() | torch.layout() | torch.memory_format():
+            return str(value)
+        case float() if not math.isfinite(value):
+            return f"float({str(value)!r})"
+        case torch.Size():
+            return argument_text(list(value))
+        case sympy.Expr():
+            return str(value)
+        case None | bool() | int() | float() | complex() | str():
+            return repr(value)
+        case _ if value is Ellipsis:
+            return "..."
+        case _:
+            raise TextError(f"a {type(value).__name__} cannot be an argument in a program: {value!r}")

@@ -1,0 +1,152 @@
+"""One trace: ``with model.trace(...) as tracer``.
+
+Entering finds the program (captured once), the body records, leaving compiles the intervention in, runs it, and turns
+what was saved into plain tensors: in place, for every variable that holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from fxsight.address import Address
+from fxsight.captures import Captures
+from fxsight.causality import check_causal
+from fxsight.errors import TraceError
+from fxsight.intervention import Intervention
+from fxsight.place import Location, Place, Places
+from fxsight.record import Recorder
+from fxsight.run import Executable
+from fxsight.tree import flatten
+from fxsight.value import Value
+from fxsight.write import check_write, present
+
+Backend = Literal["auto", "eager", "inductor"]
+
+
+class Tracer:
+    """The trace of one body over one call of a model.
+
+    program: after the block, the finished program: printable, callable on new inputs (returns the saves in order).
+    tier: how the values were computed: "eager" (bitwise the model's own) or "inductor" (``lower.TOLERANCE``).
+    """
+
+    def __init__(self, captures: Captures, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: Backend) -> None:
+        self._captures, self._args, self._kwargs = captures, args, dict(kwargs)
+        self._backend: Backend = backend
+        self._leaves = flatten((args, self._kwargs))[0]
+        self._opened: dict[str, None] = {}
+        self._executable: Executable | None = None
+
+    # -- the block ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Tracer:
+        self._captured, self._sizes = self._captures.find(self._args, self._kwargs)
+        weights = self._captures.weight_names()
+        self._recorder = Recorder(self._captured, self._sizes, weights, self._demand, self._captures.weight)
+        self._places = Places(self._captured, self._captures.reader)
+        self._captures.enter(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._captures.leave(self)
+        self._recorder.is_open = error is None
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._recorder.is_open = False
+
+    @property
+    def program(self) -> Executable:
+        """The finished program.
+
+        Raises: TraceError before the block has ended.
+        """
+        if self._executable is None:
+            raise TraceError("the program is finished when the block ends: use tracer.program after it")
+        return self._executable
+
+    @property
+    def tier(self) -> str:
+        """How the values were computed: "eager" or "inductor"."""
+        return self.program.tier
+
+    # -- what views ask ----------------------------------------------------------------------------------------------
+
+    def place(self, address: Address) -> Place:
+        """The place of an address in this trace's program; what is fused above it is opened first.
+
+        Raises: UnknownAddress, NotExecuted.
+        """
+        return self._places.find(address)
+
+    def read(self, place: Place, port: str) -> Any:
+        """The value at a port: values, in the structure that the model has there."""
+        return present(self._recorder, place, port, self._write_leaf)
+
+    def write(self, place: Place, port: str, value: Any) -> None:
+        """Let a port have another value.
+
+        Raises: WriteError, CausalityError at the user's line.
+        """
+        for location, leaf in check_write(self._recorder, place, port, value):
+            self._write_leaf(location, leaf)
+
+    def _write_leaf(self, location: Location, leaf: Any) -> None:
+        check_causal(self._recorder, location, leaf)
+        self._recorder.assign(location, leaf)
+
+    def save(self, value: Any) -> None:
+        """Keep every value of a structure."""
+        self._recorder.keep(value)
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        asked, saved = self._recorder.finish()
+        self._executable = self._captures.executable(self._captured, asked, self._recorder.constants, self._tier())
+        results = list(self._executable.run(self._leaves, self._recorder.constants))
+        self._fill(saved, results)
+        for (number, _), value in zip(asked.updates, results[len(results) - len(asked.updates) :], strict=True):
+            with torch.no_grad():
+                self._recorder.constants[number].copy_(value)
+
+    def _tier(self) -> Literal["eager", "inductor"]:
+        return "inductor" if self._backend == "inductor" else "eager"
+
+    def _fill(self, saved: Sequence[Any], results: Sequence[torch.Tensor]) -> None:
+        """Each saved value becomes its tensor; tensors of the user's and the model's stay theirs."""
+        given = {id(t) for t in (*self._leaves, *self._recorder.constants)} | set(self._captures.weight_names())
+        filled: dict[int, None] = {}
+        number = 0
+        for value in saved:
+            for leaf in flatten(value)[0]:
+                if isinstance(leaf, Value) or id(leaf) in filled:
+                    tensor = results[number]
+                    number += 1
+                    if id(leaf) not in filled:
+                        real = tensor.clone() if id(tensor) in given else tensor if id(tensor) not in filled else tensor.view_as(tensor)
+                        become(leaf, real)
+                        filled[id(leaf)] = filled[id(tensor)] = None
+
+    def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
+        """The numbers of some nodes, now."""
+        asked: Intervention = self._recorder.intervention((self._recorder.save_of(nodes),))
+        executable = self._captures.executable(self._captured, asked, self._recorder.constants, "eager")
+        return list(executable.run(self._leaves, self._recorder.constants))[: len(nodes)]
+
+
+def become(value: Value, tensor: torch.Tensor) -> None:
+    """Turn a value into a plain tensor, for all who hold it; ``.value`` on it still works.
+
+    Source: ``torch.utils.swap_tensors`` exchanges the two objects' contents and classes.
+    """
+    plain = tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor
+    torch.utils.swap_tensors(value, plain)
+
+

@@ -1,0 +1,166 @@
+"""Structured values: tuples, lists, dicts, named tuples, dataclasses and model outputs as leaves and a shape.
+
+The shape (``Tree``) is data: it can be compared, hashed, printed, stored in a file and used in another process to
+build the value again. It is deliberately small: a class takes part when it is a plain container, a named tuple, a
+dataclass that holds tensors, or a ``transformers`` ``ModelOutput`` or cache; everything else is a leaf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The shape of a value: ``kind`` and, for containers, the keys and shapes of the members.
+
+    kind: "leaf", "tuple", "list", "dict", "namedtuple", "fields" (dataclass or ModelOutput) or "cache".
+    name: ``module:qualname`` of the class for the last three, else "".
+    """
+
+    kind: str
+    name: str = ""
+    keys: tuple[Any, ...] = ()
+    children: tuple[Tree, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many leaves."""
+        return 1 if self.kind == "leaf" else sum(child.size for child in self.children)
+
+    def build(self, leaves: Sequence[Any]) -> Any:
+        """The value with this shape and these leaves (``len(leaves) == size``)."""
+        return self._build(iter(leaves))
+
+    def _build(self, leaves: Iterator[Any]) -> Any:
+        if self.kind == "leaf":
+            return next(leaves)
+        return _BUILDERS[self.kind](self, [child._build(leaves) for child in self.children])
+
+    def paths(self, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        """The way to each leaf, in order: keys of ``[]``."""
+        if self.kind == "leaf":
+            yield prefix
+        for key, child in zip(self.keys, self.children, strict=True):
+            yield from child.paths((*prefix, key))
+
+    def to_json(self) -> Json:
+        """Lists and strings only."""
+        if self.kind == "leaf":
+            return 0
+        return [self.kind, self.name, list(self.keys), [child.to_json() for child in self.children]]
+
+    @staticmethod
+    def from_json(data: Json) -> Tree:
+        """The inverse of ``to_json``."""
+        if data == 0:
+            return LEAF
+        kind, name, keys, children = data
+        return Tree(kind, name, tuple(keys), tuple(Tree.from_json(child) for child in children))
+
+
+LEAF = Tree("leaf")
+
+
+def flatten(value: Any) -> tuple[list[Any], Tree]:
+    """Leaves in order, and the shape."""
+    leaves: list[Any] = []
+    return leaves, _flatten(value, leaves)
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The leaves alone."""
+    return flatten(value)[0]
+
+
+def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
+    """The same structure with ``fn`` of each leaf; what is not a container comes back as ``fn`` leaves it."""
+    leaves, tree = flatten(value)
+    return tree.build([fn(leaf) for leaf in leaves])
+
+
+def _flatten(value: Any, leaves: list[Any]) -> Tree:
+    parts = _open(value)
+    if parts is None:
+        leaves.append(value)
+        return LEAF
+    kind, keys, members = parts
+    name = "" if kind in ("tuple", "list", "dict") else f"{type(value).__module__}:{type(value).__qualname__}"
+    return Tree(kind, name, tuple(keys), tuple(_flatten(member, leaves) for member in members))
+
+
+def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
+    """Kind, keys and members of a container; None for a leaf."""
+    cls = type(value)
+    if isinstance(value, tuple):
+        kind = "namedtuple" if hasattr(cls, "_fields") else "tuple"
+        return kind, range(len(value)), value  # pyright: ignore
+    if cls is list:
+        return "list", range(len(value)), value
+    if cls in (dict, OrderedDict):
+        return "dict", list(value), list(value.values())
+    if is_model_output(value):
+        return "fields", list(value.keys()), list(value.values())
+    if is_cache(value):
+        return "cache", *_open_cache(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        members = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+        if any(isinstance(member, torch.Tensor) for member in members.values()):
+            return "fields", list(members), list(members.values())
+    return None
+
+
+def is_model_output(value: Any) -> bool:
+    """Whether it is a ``transformers.utils.ModelOutput`` (told by its bases' names: nothing is imported for it)."""
+    return isinstance(value, OrderedDict) and any(c.__name__ == "ModelOutput" for c in type(value).__mro__)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is a ``transformers`` dynamic cache of keys and values, which can be rebuilt from its tensors."""
+    return type(value).__name__ == "DynamicCache" and type(value).__module__.startswith("transformers.")
+
+
+def _open_cache(cache: Any) -> tuple[list[str], list[Any]]:
+    keys: list[str] = []
+    tensors: list[Any] = []
+    for number, layer in enumerate(getattr(cache, "layers", ())):
+        for part in ("keys", "values"):
+            keys.append(f"{number}.{part}")
+            tensors.append(getattr(layer, part, None))
+    return keys, tensors
+
+
+def _build_cache(tree: Tree, members: list[Any]) -> Any:
+    pairs = [(members[i], members[i + 1]) for i in range(0, len(members), 2)]
+    return _class(tree)(ddp_cache_data=[pair for pair in pairs if pair[0] is not None])
+
+
+def _class(tree: Tree) -> Any:
+    module, _, qualname = tree.name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _build_fields(tree: Tree, members: list[Any]) -> Any:
+    return _class(tree)(**dict(zip(tree.keys, members, strict=True)))
+
+
+_BUILDERS: dict[str, Callable[[Tree, list[Any]], Any]] = {
+    "tuple": lambda tree, members: tuple(members),
+    "list": lambda tree, members: members,
+    "dict": lambda tree, members: dict(zip(tree.keys, members, strict=True)),
+    "namedtuple": lambda tree, members: _class(tree)(*members),
+    "fields": _build_fields,
+    "cache": _build_cache,
+}

@@ -1,0 +1,135 @@
+"""Structured reads and writes of a place: what a body sees, and what it may put there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fxsight.book import Const, Leaf, SizeRef, Structure, Weight
+from fxsight.errors import WriteError
+from fxsight.place import Location, Place, locations
+from fxsight.record import Recorder
+from fxsight.spec import TensorSpec, number, parse_dims
+from fxsight.tree import Tree, flatten
+from fxsight.value import Members, Value
+
+Writer = Callable[[Location, Any], None]
+
+
+def present(recorder: Recorder, place: Place, port: str, write: Writer) -> Any:
+    """What a body sees at a port: values, in the model's structure; assigning a member of a tuple writes it."""
+    structure, found = locations(place, port)
+    leaves = [_leaf(recorder, leaf, location, place) for leaf, location in zip(structure.leaves, found, strict=True)]
+    return _build(recorder, structure.tree, leaves, list(found), place, write)
+
+
+def _leaf(recorder: Recorder, leaf: Leaf, location: Location | None, place: Place) -> Any:
+    if location is not None:
+        return recorder.read(location)
+    match leaf:
+        case Const(value):
+            return value
+        case SizeRef(text):
+            return number(parse_dims(text)[0], recorder.sizes)
+        case Weight(name):
+            return recorder.weight(name)
+        case _:
+            return leaf
+
+
+def _build(recorder: Recorder, tree: Tree, leaves: list[Any], found: list[Location | None], place: Place, write: Writer) -> Any:
+    if tree.kind != "tuple" or not any(found):
+        return tree.build(leaves)
+    parts: list[Any] = []
+    slots: list[list[Location | None]] = []
+    at = 0
+    for child in tree.children:
+        slots.append(found[at : at + child.size])
+        parts.append(_build(recorder, child, leaves[at : at + child.size], slots[-1], place, write))
+        at += child.size
+    members = Members(parts)
+
+    def assign(key: int, value: Any) -> None:
+        pairs = zip(slots[key], flatten(value)[0], strict=True)
+        for location, leaf in pairs:
+            if location is None:
+                raise WriteError(f"{place.address}: member {key} is not a tensor and cannot be written")
+            write(location, _fit(recorder, location, leaf))
+
+    members.writer = assign
+    return members
+
+
+def check_write(recorder: Recorder, place: Place, port: str, value: Any) -> Iterator[tuple[Location, Any]]:
+    """Location and fitting value for each leaf of what is written to a port.
+
+    Raises: WriteError showing both sides where structure, shape, dtype or device differ.
+    """
+    structure, found = locations(place, port)
+    leaves, tree = flatten(value)
+    address = place.address.at(port)
+    if not any(found):
+        raise WriteError(f"{address} is {_shown(structure)}: there is no tensor to write")
+    if tree.size != structure.tree.size or _outline(tree) != _outline(structure.tree):
+        raise WriteError(f"{address} is {_kind(structure.tree)}, and what is written is {_kind(tree)}; write the same structure, or one member: .{port}[0] = ...")
+    pairs: list[tuple[Location, Any]] = []
+    for location, leaf, there in zip(found, leaves, structure.leaves, strict=True):
+        if location is not None:
+            pairs.append((location, _fit(recorder, location, leaf)))
+        elif not (isinstance(there, Const) and there.value is leaf) and not _unchanged(there, leaf):
+            raise WriteError(f"{address}: this member is {there}, fixed when the model was captured, and cannot become {_describe(leaf)}")
+    yield from pairs
+
+
+def _unchanged(there: Leaf, leaf: Any) -> bool:
+    return leaf is there or (isinstance(there, Const) and type(leaf) is type(there.value) and leaf == there.value)
+
+
+def _outline(tree: Tree) -> Any:
+    """Structure up to the kind of sequence."""
+    kind = {"list": "tuple", "namedtuple": "tuple"}.get(tree.kind, tree.kind)
+    return (kind, *(_outline(child) for child in tree.children))
+
+
+def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
+    """The leaf as it can stand at the location: numbers and broadcastable tensors are expanded."""
+    spec = recorder.spec(location)
+    if isinstance(leaf, (bool, int, float)):
+        return torch.full_like(recorder.read(location), leaf)
+    if not isinstance(leaf, torch.Tensor):
+        raise WriteError(f"{location.address} is {spec}, and what is written is {_describe(leaf)}")
+    if leaf.dtype != spec.dtype or str(leaf.device) != spec.device:
+        raise WriteError(f"{location.address} is {spec} on {spec.device}, and what is written is {_describe(leaf)}; write value.to({str(spec.dtype)!s})")
+    if tuple(leaf.shape) == spec.shape:
+        return leaf
+    return _expanded(recorder, location, leaf, spec)
+
+
+def _expanded(recorder: Recorder, location: Location, leaf: torch.Tensor, spec: TensorSpec) -> Any:
+    fits = len(leaf.shape) <= len(spec.shape) and all(
+        a in (1, b) for a, b in zip(reversed(leaf.shape), reversed(spec.shape), strict=False)
+    )
+    if not fits:
+        raise WriteError(f"{location.address} is {spec}, and what is written is {_describe(leaf)}; the shapes cannot be broadcast")
+    return recorder.call(torch.Tensor.contiguous, (recorder.call(torch.Tensor.expand_as, (leaf, recorder.read(location)), {}),), {})
+
+
+def _describe(leaf: Any) -> str:
+    if isinstance(leaf, Value):
+        fake = leaf.cell.fake
+        return f"{TensorSpec(fake.dtype, tuple(fake.shape), ())} on {fake.device}"
+    if isinstance(leaf, torch.Tensor):
+        return f"{TensorSpec(leaf.dtype, tuple(leaf.shape), ())} on {leaf.device}"
+    return f"a {type(leaf).__name__}"
+
+
+def _kind(tree: Tree) -> str:
+    return "one tensor" if tree.kind == "leaf" else f"a {tree.kind} of {len(tree.children)}"
+
+
+def _shown(structure: Structure) -> str:
+    return ", ".join(str(leaf.value) if isinstance(leaf, Const) else str(leaf) for leaf in structure.leaves)
+
+

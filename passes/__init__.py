@@ -1,0 +1,14 @@
+"""The passes: program → program, one file each, in the order of ``fxsight.pipeline``."""
+
+if __name__ != "fxsight.passes":
+    raise ImportError("import fxsight.passes, not passes")
+
+from fxsight.passes.cancel_stack import CancelStack as CancelStack
+from fxsight.passes.drop_unused import DropUnused as DropUnused
+from fxsight.passes.erase_boundaries import EraseBoundaries as EraseBoundaries
+from fxsight.passes.expand_mutations import ExpandMutations as ExpandMutations
+from fxsight.passes.open_fused import OpenFused as OpenFused
+from fxsight.passes.weave import Weave as Weave
+from fxsight.rewrite import Pass
+
+PASSES: tuple[type[Pass], ...] = (OpenFused, Weave, CancelStack, DropUnused, EraseBoundaries, ExpandMutations)
