@@ -41,6 +41,7 @@ class Captures:
         self.reader = SourceReader()
         self.open: Any = None
         self.made = 0  # captures made here, neither found in memory nor on disk
+        self.latest: Program | None = None  # the program asked for last: what browsing outside a trace shows
         self._store = store
         self._programs: dict[Any, list[Program]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
@@ -73,10 +74,12 @@ class Captures:
         known = self._programs.setdefault(key, [])
         for program in known:
             try:
-                return program, bind_sizes(program, leaves)
+                sizes = bind_sizes(program, leaves)
             except InputError:
                 continue
-        program = self._load(key, leaves) or self._capture(key, args, kwargs)
+            self.latest = program
+            return program, sizes
+        self.latest = program = self._load(key, leaves) or self._capture(key, args, kwargs)
         known.append(program)
         return program, bind_sizes(program, leaves)
 

@@ -87,7 +87,7 @@ class Scribe:
         self._paths = {id(m): path for path, m in root.named_modules()}
         self._weights: dict[int, str] = {}
         self._own: dict[CodeType, bool] = {}
-        self._tables: dict[CodeType, dict[int, tuple[Span, SiteKind]]] = {}
+        self._tables: dict[int, tuple[CodeType, dict[int, tuple[Span, SiteKind]]]] = {}
         self._libraries = Libraries()
 
     @contextmanager
@@ -163,9 +163,9 @@ class Scribe:
         return None, line
 
     def _table(self, code: CodeType) -> dict[int, tuple[Span, SiteKind]]:
-        if code not in self._tables:
-            self._tables[code] = site_table(code)
-        return self._tables[code]
+        if id(code) not in self._tables:  # by id: equal functions of two files are equal code objects
+            self._tables[id(code)] = (code, site_table(code))
+        return self._tables[id(code)][1]
 
     # -- modules -----------------------------------------------------------------------------------------------------
 

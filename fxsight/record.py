@@ -17,7 +17,8 @@ import torch
 from torch import fx, nn
 
 from fxsight import _torch
-from fxsight.errors import InputError, LostEditWarning, TextError, TraceError
+from fxsight.address import Address
+from fxsight.errors import InputError, LostEditWarning, TextError, TraceError, WriteError
 from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
 from fxsight.mutate import SELF, mutate
@@ -76,6 +77,7 @@ class Recorder:
         self._updates: dict[int, fx.Node] = {}
         self._saved: list[Any] = []
         self._looked: set[str] = set()
+        self._dressed: list[tuple[Any, list[Any], Address]] = []
 
     # -- locations ---------------------------------------------------------------------------------------------------
 
@@ -104,12 +106,40 @@ class Recorder:
             state = self._states[location.key] = State(location, node)
         return state
 
+    def layout(self, value: torch.Tensor) -> bool:
+        """Whether a tensor or value lies row by row in memory."""
+        fake: torch.Tensor = self._fake_of(value)
+        return fake.is_contiguous()
+
+    def dress(self, structure: Any, address: Address) -> Any:
+        """A model output or dataclass inside the body: with ``.save()``, and watched for assignments to its members."""
+        object.__setattr__(structure, "save", lambda: self.keep(structure) or structure)
+        self._dressed.append((structure, list(flatten(structure)[0]), address))
+        return structure
+
+    def undress(self) -> None:
+        """Take the ``.save`` of model outputs away again.
+
+        Raises: WriteError when a member was assigned, which the model cannot see.
+        """
+        for structure, leaves, address in self._dressed:
+            vars(structure).pop("save", None)
+            now = flatten(structure)[0]
+            if len(now) != len(leaves) or any(a is not b for a, b in zip(now, leaves, strict=True)):
+                raise WriteError(
+                    f"a member of {address}:output was assigned, which the model does not see; change it in place "
+                    "(out.logits[:] = ...) or write the whole (model.output = ...)"
+                )
+
+    def is_current(self, location: Location, value: Any) -> bool:
+        """Whether the value is what the location has already (``m.output *= 2`` writes it back)."""
+        return isinstance(value, Value) and self._node(value) is self._state(location).node
+
     def assign(self, location: Location, value: torch.Tensor) -> None:
         """The location gets the value; only there. Shapes have been checked (``writes``)."""
-        node = self._node(value)
-        state = self._state(location)
-        if isinstance(value, Value) and node is state.node:
+        if self.is_current(location, value):
             return
+        node, state = self._node(value), self._state(location)
         state.node = state.assigned = node
         state.version += 1
         state.line = user_line()
@@ -351,6 +381,7 @@ class Recorder:
 
         Raises: InputError when a tensor of the user's was changed after the body had used it.
         """
+        self.undress()
         for tensor, version in zip(self.constants, self._versions, strict=True):
             if _torch.version(tensor) != version:
                 raise InputError(f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; use a copy: t.clone()")

@@ -85,6 +85,10 @@ class Tracer:
         """
         return self._places.find(address)
 
+    def at(self, address: str | Address) -> At:
+        """The place of an address, with ``output``, ``input`` and ``inputs`` to read and write."""
+        return At(self, self.place(Address.parse(address) if isinstance(address, str) else address))
+
     def read(self, place: Place, port: str) -> Any:
         """The value at a port: values, in the structure that the model has there."""
         return present(self._recorder, place, port, self._write_leaf)
@@ -121,18 +125,14 @@ class Tracer:
 
     def _fill(self, saved: Sequence[Any], results: Sequence[torch.Tensor]) -> None:
         """Each saved value becomes its tensor; tensors of the user's and the model's stay theirs."""
-        given = {id(t) for t in (*self._leaves, *self._recorder.constants)} | set(self._captures.weight_names())
-        filled: dict[int, None] = {}
-        number = 0
-        for value in saved:
-            for leaf in flatten(value)[0]:
-                if isinstance(leaf, Value) or id(leaf) in filled:
-                    tensor = results[number]
-                    number += 1
-                    if id(leaf) not in filled:
-                        real = tensor.clone() if id(tensor) in given else tensor if id(tensor) not in filled else tensor.view_as(tensor)
-                        become(leaf, real)
-                        filled[id(leaf)] = filled[id(tensor)] = None
+        values = [leaf for value in saved for leaf in flatten(value)[0] if isinstance(leaf, Value)]
+        taken = {id(t) for t in (*self._leaves, *self._recorder.constants)} | set(self._captures.weight_names())
+        pairs: dict[int, tuple[Value, torch.Tensor]] = {}
+        for value, tensor in zip(values, results, strict=False):
+            if id(value) not in pairs:
+                pairs[id(value)] = value, _own(tensor, taken)
+        for value, tensor in pairs.values():
+            become(value, tensor)
 
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
         """The numbers of some nodes, now."""
@@ -141,12 +141,54 @@ class Tracer:
         return list(executable.run(self._leaves, self._recorder.constants))[: len(nodes)]
 
 
+class At:
+    """The values of one place inside a trace."""
+
+    def __init__(self, tracer: Tracer, place: Place) -> None:
+        self._tracer, self._place = tracer, place
+
+    @property
+    def output(self) -> Any:
+        """What it returns."""
+        return self._tracer.read(self._place, "output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._tracer.write(self._place, "output", value)
+
+    @property
+    def input(self) -> Any:
+        """Its first argument."""
+        return self._tracer.read(self._place, "input")
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._tracer.write(self._place, "input", value)
+
+    @property
+    def inputs(self) -> Any:
+        """All its arguments: ``(args, kwargs)``."""
+        return self._tracer.read(self._place, "inputs")
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        self._tracer.write(self._place, "inputs", value)
+
+
+def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """The tensor, or a copy of one that is somebody's: of the user, the model, or another variable."""
+    own = tensor.clone() if id(tensor) in taken else tensor
+    taken.add(id(own))
+    return own
+
+
 def become(value: Value, tensor: torch.Tensor) -> None:
     """Turn a value into a plain tensor, for all who hold it; ``.value`` on it still works.
 
     Source: ``torch.utils.swap_tensors`` exchanges the two objects' contents and classes.
     """
     plain = tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor
-    torch.utils.swap_tensors(value, plain)
-
-
+    try:
+        torch.utils.swap_tensors(value, plain)
+    except RuntimeError:  # something else refers to this very tensor (a view of it): swap with a view, too
+        torch.utils.swap_tensors(value, plain.view_as(plain))

@@ -40,6 +40,8 @@ def _leaf(recorder: Recorder, leaf: Leaf, location: Location | None, place: Plac
 
 
 def _build(recorder: Recorder, tree: Tree, leaves: list[Any], found: list[Location | None], place: Place, write: Writer) -> Any:
+    if tree.kind == "fields" and any(found):
+        return recorder.dress(tree.build(leaves), place.address)
     if tree.kind != "tuple" or not any(found):
         return tree.build(leaves)
     parts: list[Any] = []
@@ -94,7 +96,8 @@ def _outline(tree: Tree) -> Any:
 
 
 def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
-    """The leaf as it can stand at the location: numbers and broadcastable tensors are expanded."""
+    """The leaf as it can stand at the location: numbers and broadcastable tensors are expanded, and the memory is
+    laid out row by row, so that a ``view`` of the model's finds what it needs."""
     spec = recorder.spec(location)
     if isinstance(leaf, (bool, int, float)):
         return torch.full_like(recorder.read(location), leaf)
@@ -103,7 +106,7 @@ def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
     if leaf.dtype != spec.dtype or str(leaf.device) != spec.device:
         raise WriteError(f"{location.address} is {spec} on {spec.device}, and what is written is {_describe(leaf)}; write value.to({str(spec.dtype)!s})")
     if tuple(leaf.shape) == spec.shape:
-        return leaf
+        return leaf if recorder.layout(leaf) or recorder.is_current(location, leaf) else recorder.call(torch.Tensor.contiguous, (leaf,), {})
     return _expanded(recorder, location, leaf, spec)
 
 

@@ -194,10 +194,14 @@ class _Loom:
         same, memory = self._same(here.value), self._memory(here.value)
         value = self._value(write, memory)
         later = [s for s in self.sites if s.time > write.location.since and s is not here]
-        for site in [s for s in later if self._same(s.value) is same]:
+        for site in [s for s in later if self._is_before(s.value, write) and self._same(s.value) is same]:
             site.value = value
         if any(self._memory(s.value) is memory for s in later):
             self._change_memory(memory, here, value, write)
+
+    def _is_before(self, node: fx.Node, write: Write) -> bool:
+        """Whether the node is there before the write: later ones get the written value through their own inputs."""
+        return node in self.own or node.op == "placeholder" or origin_of(node).time < write.location.since
 
     def _value(self, write: Write, memory: fx.Node) -> fx.Node:
         """The written value; a copy of its own where the model goes on to change that memory in place."""

@@ -25,5 +25,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def cache_dir() -> Path:
-    """The fxsight cache folder of this test session; each xdist worker has its own."""
+    """The fxsight cache folder of this test run; each xdist worker has its own."""
     return Path(os.environ["FXSIGHT_CACHE_DIR"])

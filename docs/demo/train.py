@@ -155,13 +155,13 @@ class Settings:
     steps: int = 2400
     batch: int = 16
     lr: float = 4e-3
-    attention_lr: float = 0.4  # times lr
+    attention_lr: float = 0.3  # times lr
     last_mlp_lr: float = 2.0  # times lr
-    skip: float = 0.5
+    skip: float = 0.4
     vocab: int = 1024
     layers: int = 4
-    width: int = 48
-    inner: int = 384
+    width: int = 64
+    inner: int = 512
     heads: int = 4
     positions: int = 128
 
