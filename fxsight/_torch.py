@@ -13,7 +13,11 @@ import sympy
 import torch
 import torch.fx.experimental._config as _shape_config
 from torch._ops import OpOverload as OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._sympy import functions as _size_functions
@@ -31,7 +35,7 @@ NeedsData: tuple[type[Exception], ...] = (
 floor_div: Callable[..., Any] = _size_functions.FloorDiv
 mod: Callable[..., Any] = _size_functions.Mod
 SIZE_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    **{name: getattr(_size_functions, name) for name in _size_functions.__all__ if isinstance(name, str)},
+    **{name: getattr(_size_functions, name) for name in _size_functions.__all__},
     "floor": sympy.floor,
     "ceiling": sympy.ceiling,
     "Max": sympy.Max,
@@ -79,7 +83,8 @@ def export_node(tensor: torch.Tensor) -> torch.fx.Node | None:
     slot: Any = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)  # pyright: ignore
     if slot is None:
         return None
-    return slot.proxy.node if hasattr(slot, "proxy") else slot.node
+    node: torch.fx.Node = slot.proxy.node if hasattr(slot, "proxy") else slot.node
+    return node
 
 
 def export_graph() -> torch.fx.Graph | None:

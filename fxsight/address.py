@@ -133,4 +133,6 @@ def _parse_value(text: str, value: str) -> tuple[str, tuple[Key, ...]]:
 
 
 def _bad(text: str, part: str) -> AddressError:
-    return AddressError(f"not an address: {text!r}: cannot read {part!r}; write for example 'h.3.mlp/self_act_0:output[0]'")
+    return AddressError(
+        f"not an address: {text!r}: cannot read {part!r}; write for example 'h.3.mlp/self_act_0:output[0]'"
+    )

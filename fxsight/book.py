@@ -171,6 +171,6 @@ class Book:
         for child in self.children(call):
             yield from self.within(child)
 
-    def extended(self, calls: tuple[Call, ...], replaced: Mapping[int, Call] = {}) -> Book:  # noqa: B006
+    def extended(self, calls: tuple[Call, ...], replaced: Mapping[int, Call] = {}) -> Book:
         """With more calls, and some replaced (by id)."""
         return replace(self, calls=tuple(replaced.get(c.id, c) for c in self.calls) + calls)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,10 +21,11 @@ from torch import fx, nn
 
 from fxsight import _torch
 from fxsight.book import Book, Call, Opaque, Ref, Structure
-from fxsight.errors import CaptureError
+from fxsight.errors import CaptureError, InputError
 from fxsight.node import Binding, Fixed, InputLeaf, Origin, Size
 from fxsight.program import Program
 from fxsight.provenance import TAG, Libraries, Scribe
+from fxsight.sizes import bind_sizes
 from fxsight.source import SourceReader
 from fxsight.spec import TensorSpec, spec_of, symbol
 from fxsight.tree import Tree, flatten
@@ -32,26 +33,60 @@ from fxsight.tree import Tree, flatten
 AUTO = torch.export.Dim.AUTO
 
 
-def capture(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], reader: SourceReader | None = None) -> Program:
+def capture(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    reader: SourceReader | None = None,
+    on_tick: OnTick = None,
+) -> Program:
     """The program of ``module(*args, **kwargs)``, for all sizes of the inputs that the model's code allows.
 
     The module is called once, on fake tensors: nothing is computed, and meta-device modules work.
 
     Raises: CaptureError with the model's line, when the model cannot be one graph.
     """
+    return capture_all(module, args, kwargs, reader, on_tick)[-1]
+
+
+def capture_all(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    reader: SourceReader | None = None,
+    on_tick: OnTick = None,
+) -> list[Program]:
+    """One program, or several when the first excludes these very inputs: the last holds for them.
+
+    A model whose code asks whether the batch is one gets a program for one and another for more.
+
+    Raises: CaptureError.
+    """
     leaves, inputs = flatten((args, dict(kwargs)))
+    made: list[Program] = []
     failures: list[Exception] = []
     for plan in _plans([x for x in leaves if isinstance(x, torch.Tensor)]):
-        flat = _Flat(module, inputs, leaves, Scribe(module, reader or SourceReader()))
+        flat = _Flat(module, inputs, leaves, Scribe(module, reader or SourceReader(), on_tick))
         try:
             exported = _export(flat, *plan)
         except Exception as error:  # whatever torch or the model raises becomes one CaptureError
             failures.append(error)
             continue
-        return _Builder(module, flat, exported).program()
-    raise _capture_error(module, failures) from failures[0]
+        made.append(_Builder(module, flat, exported).program())
+        if _fits(made[-1], leaves):
+            return made
+    raise _capture_error(module, failures) from (failures[0] if failures else None)
 
 
+def _fits(program: Program, leaves: Sequence[Any]) -> bool:
+    try:
+        bind_sizes(program, leaves)
+    except InputError:
+        return False
+    return True
+
+
+OnTick = Callable[[], None] | None
 Shapes = tuple[dict[int, Any], ...]
 
 
@@ -62,13 +97,16 @@ def _plans(tensors: list[torch.Tensor]) -> Iterator[tuple[tuple[torch.Tensor, ..
     free: Shapes = tuple(dict.fromkeys(range(t.ndim), AUTO) for t in tensors)
     outer: Shapes = tuple(dict.fromkeys(range(min(t.ndim, 2)), AUTO) for t in tensors)
     yield examples, free, False
+    yield tuple(tensors), free, False
     yield examples, outer, False
     yield examples, outer, True
-    yield tuple(tensors), outer, False
+    yield tuple(tensors), outer, True
     yield tuple(tensors), tuple({} for _ in tensors), False
 
 
-def _export(flat: _Flat, tensors: tuple[torch.Tensor, ...], shapes: Shapes, patched: bool) -> torch.export.ExportedProgram:
+def _export(
+    flat: _Flat, tensors: tuple[torch.Tensor, ...], shapes: Shapes, patched: bool
+) -> torch.export.ExportedProgram:
     with ExitStack() as stack:
         stack.enter_context(_torch.honest_sizes())
         if patched:
@@ -178,7 +216,11 @@ class _Builder:
                 yield node, Binding("literal", target), target.replace(".", "_")
 
     def _input_leaves(self) -> Iterator[InputLeaf]:
-        specs = {n.meta["binding"].key: n.meta["spec"] for n in self.graph.nodes if n.op == "placeholder" and n.meta["binding"].kind == "input"}
+        specs = {
+            n.meta["binding"].key: n.meta["spec"]
+            for n in self.graph.nodes
+            if n.op == "placeholder" and n.meta["binding"].kind == "input"
+        }
         for number, leaf in enumerate(self.flat.leaves):
             yield specs[number] if isinstance(leaf, torch.Tensor) else _fixed(leaf)
 
@@ -208,7 +250,10 @@ class _Builder:
             yield Size(new.name, max(low, 0), int(bounds.upper) if finite and bounds is not None else None)
 
     def _guards(self) -> Iterator[Any]:
-        value = next((n.meta["val"] for n in self.exported.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), None)
+        value = next(
+            (n.meta["val"] for n in self.exported.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)),
+            None,
+        )
         env = _torch.shape_env(value)
         seen: set[Any] = set()
         for guard in () if env is None else env.guards:
@@ -220,19 +265,20 @@ class _Builder:
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
-    def _copy(self, owner: nn.Module, env: dict[fx.Node, Any]) -> Sequence[Any]:
+    def _copy(self, owner: Any, env: dict[fx.Node, Any]) -> Sequence[Any]:
         """Copy the nodes of one graph, regions in line; what it returns."""
-        for node in owner.graph.nodes:  # type: ignore[union-attr]
+        for node in owner.graph.nodes:
             if node.op == "call_function" and not _is_assertion(node):
                 env[node] = self._call_function(owner, node, env)
             elif node.op == "get_attr":
                 env[node] = getattr(owner, str(node.target))
             elif node.op == "output":
-                return fx.map_arg(node.args[0], lambda n: env[n])  # type: ignore[return-value]
+                returned: Any = fx.map_arg(node.args[0], lambda n: env[n])
+                return list(returned)
         raise AssertionError("a graph without output")
 
-    def _call_function(self, owner: nn.Module, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args = [env[a] if isinstance(a, fx.Node) else a for a in node.args]
+    def _call_function(self, owner: Any, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        args: list[Any] = [env[a] if isinstance(a, fx.Node) else a for a in node.args]
         if node.target is _torch.set_grad_region():
             results = self._region(args[1], args[2:])
             return results if args[0] else [self._detached(r) for r in results]
@@ -243,8 +289,8 @@ class _Builder:
         new = self.graph.node_copy(node, lambda n: env[n])
         return self._keep(node, new)
 
-    def _region(self, body: nn.Module, args: Sequence[Any]) -> Sequence[Any]:
-        places = [n for n in body.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
+    def _region(self, body: Any, args: Sequence[Any]) -> Sequence[Any]:
+        places = [n for n in body.graph.nodes if n.op == "placeholder"]
         return self._copy(body, dict(zip(places, args, strict=True)))
 
     def _autocast(self, node: fx.Node, args: Sequence[Any]) -> Sequence[Any]:
@@ -286,12 +332,18 @@ class _Builder:
         """References by time become references by node."""
         names = (self.by_time.get(int(x.node)) if isinstance(x, Ref) else "" for x in structure.leaves)
         pairs = zip(structure.leaves, names, strict=True)
-        return replace(structure, leaves=tuple(x if n == "" else Ref(n) if n else Opaque("unused tensor") for x, n in pairs))
+        return replace(
+            structure,
+            leaves=tuple(x if n == "" else Ref(n) if n else Opaque("unused tensor") for x, n in pairs),
+        )
 
 
 def _is_assertion(node: fx.Node) -> bool:
     name = str(node.target)
-    return name.startswith(("aten._assert", "aten.sym_constrain_range", "aten._assert_tensor_metadata")) or name == "<built-in function assert_>"
+    return (
+        name.startswith(("aten._assert", "aten.sym_constrain_range", "aten._assert_tensor_metadata"))
+        or name == "<built-in function assert_>"
+    )
 
 
 def _is_dead(node: fx.Node) -> bool:
@@ -350,7 +402,10 @@ def _explain(error: Exception) -> tuple[str, str]:
         )
     if isinstance(error, NotImplementedError):
         return f"an operator has no shape rule: {text}", "register one with torch.library.register_fake"
-    return f"{type(error).__name__}: {text}", "run the module itself on these inputs first; if that works, see docs/capture.md"
+    return (
+        f"{type(error).__name__}: {text}",
+        "run the module itself on these inputs first; if that works, see docs/capture.md",
+    )
 
 
 def _model_line(error: Exception) -> str:

@@ -14,13 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fxsight.capture import capture
+from fxsight.capture import capture_all
 from fxsight.errors import InputError, TraceError
 from fxsight.intervention import Intervention
 from fxsight.lower import Tier
 from fxsight.pipeline import pipeline_for
 from fxsight.program import Program
-from fxsight.run import Executable, bind_sizes, weight_fetcher
+from fxsight.run import Executable, weight_fetcher
+from fxsight.sizes import bind_sizes
 from fxsight.source import SourceReader
 from fxsight.state import settings
 from fxsight.store import Store
@@ -79,9 +80,10 @@ class Captures:
                 continue
             self.latest = program
             return program, sizes
-        self.latest = program = self._load(key, leaves) or self._capture(key, args, kwargs)
-        known.append(program)
-        return program, bind_sizes(program, leaves)
+        loaded = self._load(key, leaves)
+        known += [loaded] if loaded is not None else self._capture(key, args, kwargs)
+        self.latest = known[-1]
+        return self.latest, bind_sizes(self.latest, leaves)
 
     def _load(self, key: Any, leaves: Sequence[Any]) -> Program | None:
         if self._store is None:
@@ -94,21 +96,23 @@ class Captures:
                 continue
         return None
 
-    def _capture(self, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
-        program = capture(self.module, args, kwargs, self.reader)
+    def _capture(self, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Program]:
+        programs = capture_all(self.module, args, kwargs, self.reader)
         self.made += 1
-        if self._store is not None:
-            self._store.keep(self.module, key, program)
-        return program
+        for program in programs if self._store is not None else ():
+            self._store.keep(self.module, key, program)  # type: ignore[union-attr]
+        return programs
 
     # -- finished programs -------------------------------------------------------------------------------------------
 
-    def executable(self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], tier: Tier) -> Executable:
+    def executable(
+        self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], tier: Tier
+    ) -> Executable:
         """The finished program of an intervention: woven, run through the pipeline and lowered once.
 
         Raises: CausalityError.
         """
-        key = (id(program), str(asked), tier)
+        key = (id(program), asked.key, tier)
         found = self._executables.get(key)
         if found is None:
             finished = pipeline_for(asked)(program)
@@ -125,7 +129,10 @@ class Captures:
 
     def weight_names(self) -> Mapping[int, str]:
         """Names of the module's parameters and buffers by ``id``."""
-        pairs = [*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers(remove_duplicate=False)]
+        pairs = [
+            *self.module.named_parameters(remove_duplicate=False),
+            *self.module.named_buffers(remove_duplicate=False),
+        ]
         return {id(tensor): name for name, tensor in reversed(pairs)}
 
 

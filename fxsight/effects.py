@@ -50,14 +50,34 @@ def is_random(node: fx.Node) -> bool:
     target = node.target
     if isinstance(target, _torch.OpOverload):
         if target is torch.ops.aten.dropout.default:
-            return bool(node.args[2]) and node.args[1] != 0
+            return bool(node.args[2]) and bool(node.args[1] != 0)
         return torch.Tag.nondeterministic_seeded in target.tags
     return getattr(target, "__name__", "") in _RANDOM
 
 
 _RANDOM = frozenset(
-    "bernoulli bernoulli_ dropout alpha_dropout feature_alpha_dropout multinomial normal normal_ poisson rand_like randn_like "
-    "randint_like uniform_ exponential_ geometric_ log_normal_ cauchy_ random_ rrelu gumbel_softmax".split()
+    [
+        "bernoulli",
+        "bernoulli_",
+        "dropout",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "multinomial",
+        "normal",
+        "normal_",
+        "poisson",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "uniform_",
+        "exponential_",
+        "geometric_",
+        "log_normal_",
+        "cauchy_",
+        "random_",
+        "rrelu",
+        "gumbel_softmax",
+    ]
 )
 
 

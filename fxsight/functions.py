@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
-import sympy
 import torch
-from torch.overrides import resolve_name
+from torch.overrides import get_overridable_functions, resolve_name
 
 from fxsight import _torch
 from fxsight.errors import TextError
@@ -24,7 +24,26 @@ Target = Callable[..., Any]
 PYTHON: Mapping[str, Target] = {
     **{
         f"operator.{name}": getattr(operator, name)
-        for name in "getitem add sub mul floordiv mod neg pow truediv eq ne lt le gt ge and_ or_ not_".split()
+        for name in [
+            "getitem",
+            "add",
+            "sub",
+            "mul",
+            "floordiv",
+            "mod",
+            "neg",
+            "pow",
+            "truediv",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "and_",
+            "or_",
+            "not_",
+        ]
     },
     "getattr": getattr,
     "math.ceil": math.ceil,
@@ -59,17 +78,17 @@ def function_name(target: Any) -> str:
     for name, known in PYTHON.items():
         if known is target:
             return name
-    name = _public_name(target)
-    if name is None:
-        raise TextError(f"not a torch function: {target!r}; call it through fxsight.apply")
-    return name
+    public = _public_name(target)
+    if public is None:
+        raise TextError(f"not a torch function: {target!r}; a recorded call must be one of torch's own")
+    return public
 
 
 def _public_name(target: Any) -> str | None:
     owner = getattr(target, "__objclass__", None)
     if owner is not None and issubclass(torch.Tensor, owner):
         return f"torch.Tensor.{target.__name__}"
-    found = resolve_name(target)
+    found: str | None = resolve_name(target)
     if found is not None:
         return found.replace("torch.functional.", "torch.")
     name = getattr(target, "__name__", "")
@@ -91,10 +110,23 @@ def find_function(name: str) -> Target:
     for prefix, root in _ROOTS:
         rest = name.removeprefix(prefix)
         if rest != name and "." not in rest:
-            found = getattr(root, rest, None)
-            if callable(found) and not isinstance(found, type):
+            found: Target | None = getattr(root, rest, None)
+            if found is not None and _is_tensor_function(found):
                 return found
     raise TextError(f"no function {name!r}; a program calls aten.*, torch.*, torch.Tensor.* and operator.getitem")
+
+
+def _is_tensor_function(target: Any) -> bool:
+    """Whether torch lists it among the functions of tensors: nothing that loads, saves or executes is."""
+    try:
+        return target in _tensor_functions()
+    except TypeError:  # cannot be hashed
+        return False
+
+
+@cache
+def _tensor_functions() -> frozenset[Any]:
+    return frozenset(fn for functions in get_overridable_functions().values() for fn in functions)
 
 
 def _find_overload(name: str) -> Target:

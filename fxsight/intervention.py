@@ -69,15 +69,23 @@ class Intervention:
     sizes: tuple[tuple[str, int], ...] = ()
     opened: tuple[str, ...] = field(default=())
 
+    @property
+    def key(self) -> str:
+        """Equal for interventions that become the same program: everything but the sizes it was recorded at."""
+        given = [f"constant {number}: {spec_text(spec)}" for number, (_, spec) in enumerate(self.constants)]
+        return "\n".join([*(line.partition("    # ")[0] for line in str(self).splitlines()), *given])
+
     def __str__(self) -> str:
-        """One line per read, operation, write and save; equal texts mean equal interventions."""
+        """One line per read, operation, write and save, with the shapes it was recorded at."""
         names = {name: f"constant {i}" for i, (name, _) in enumerate(self.constants)}
         names |= {name: f"weight {weight}" for name, weight in self.weights}
         names |= {read.name: f"read {read.location.address}" for read in self.reads}
         lines = [f"{n.name} = {_row(n, names)}    # {spec_text(n.meta.get('spec'))}" for n in self.graph.nodes]
         lines += [f"{w.location.address} {'<<' if w.in_place else '<-'} {w.value}" for w in self.writes]
         lines += [f"constant {number} << {value}" for number, value in self.updates]
-        lines += [f"save {s.tree.to_json()} {[x if isinstance(x, str) else x.value for x in s.leaves]}" for s in self.saves]
+        lines += [
+            f"save {s.tree.to_json()} {[x if isinstance(x, str) else x.value for x in s.leaves]}" for s in self.saves
+        ]
         lines += [f"for {name} = {value}" for name, value in self.sizes]
         return "\n".join([*lines, *(f"open {address}" for address in self.opened)])
 

@@ -46,7 +46,9 @@ def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int
     module = _graph_module(program)
     places = [n for n in module.graph.nodes if n.op == "placeholder"]
     mode = _torch.symbolic_mode()
-    example = [_example(mode, n, a, _examples(program, fixed), set(fixed)) for n, a in zip(places, arguments, strict=True)]
+    example = [
+        _example(mode, n, a, _examples(program, fixed), set(fixed)) for n, a in zip(places, arguments, strict=True)
+    ]
     with mode:
         _propagate(module, example)
     compiled = _torch.compile_graph(module, example)
@@ -67,7 +69,9 @@ def _examples(program: Program, fixed: Mapping[str, int]) -> Mapping[str, int]:
         low = max(size.low, 2)
         if size.name not in numbers:
             numbers[size.name] = next(
-                n for n in range(low + 3, low + 10**4) if n not in numbers.values() and _allowed(program, {**numbers, size.name: n})
+                n
+                for n in range(low + 3, low + 10**4)
+                if n not in numbers.values() and _allowed(program, {**numbers, size.name: n})
             )
     return numbers
 
@@ -75,7 +79,8 @@ def _examples(program: Program, fixed: Mapping[str, int]) -> Mapping[str, int]:
 def _allowed(program: Program, numbers: Mapping[str, int]) -> bool:
     """Whether the numbers break no guard among those whose sizes are all known."""
     return not any(
-        all(s.name in numbers for s in guard.free_symbols) and guard.xreplace({s: numbers[s.name] for s in guard.free_symbols}) == False  # noqa: E712
+        all(s.name in numbers for s in guard.free_symbols)
+        and guard.xreplace({s: numbers[s.name] for s in guard.free_symbols}) == False  # noqa: E712
         for guard in program.guards
     )
 
@@ -87,7 +92,7 @@ def _example(mode: Any, node: fx.Node, argument: Any, sizes: Mapping[str, int], 
     if binding_of(node).kind != "input" or not isinstance(spec, TensorSpec):
         return _torch.symbolic(mode, argument.detach(), [False] * argument.ndim)
     shape = [number(d, sizes) for d in spec.shape]
-    free = [not isinstance(d, int) and not {s.name for s in d.free_symbols} <= fixed for d in spec.shape]
+    free = [not isinstance(d, int) and not {str(s) for s in d.free_symbols} <= fixed for d in spec.shape]
     return _torch.symbolic(mode, torch.empty(shape, dtype=spec.dtype, device=spec.device), free)
 
 
@@ -104,4 +109,6 @@ def _propagate(module: fx.GraphModule, example: Sequence[Any]) -> None:
         with torch.no_grad():
             Propagate(module).run(*example)
     except _torch.NeedsData as error:
-        raise InputError(f"the inductor tier needs sizes that only running the model tells: {error}; use backend='eager'") from error
+        raise InputError(
+            f"the inductor tier needs sizes that only running the model tells: {error}; use backend='eager'"
+        ) from error

@@ -91,7 +91,9 @@ class View:
             found = getattr(module, name)
         except AttributeError:
             known = ", ".join(name for name, _ in module.named_children()) or "no children"
-            raise AttributeError(f"{type(module).__name__} at {str(self.address) or 'the root'} has no attribute {name!r}; it has {known}") from None
+            raise AttributeError(
+                f"{type(module).__name__} at {str(self.address) or 'the root'} has no attribute {name!r}; it has {known}"
+            ) from None
         return self._child(name) if isinstance(found, nn.Module) else found
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -169,8 +171,6 @@ class Model(View):
         backend: "eager" is bitwise the module's own numbers; "inductor" compiles; "auto" is eager.
         """
         return Tracer(self._captures, args, kwargs, backend)
-
-
 
 
 def save(value: Any) -> Any:

@@ -83,7 +83,9 @@ def tensor_spec(node: fx.Node) -> TensorSpec:
 
 def origin_of(node: fx.Node) -> Origin:
     """Where the node comes from."""
-    return node.meta.get("origin", _NOWHERE)
+    origin = node.meta.get("origin", _NOWHERE)
+    assert isinstance(origin, Origin)
+    return origin
 
 
 def binding_of(node: fx.Node) -> Binding:
@@ -95,7 +97,8 @@ def binding_of(node: fx.Node) -> Binding:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The last node."""
-    return next(iter(reversed(graph.nodes)))
+    node: fx.Node = next(iter(reversed(graph.nodes)))
+    return node
 
 
 def is_tensor(node: fx.Node) -> bool:

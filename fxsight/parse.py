@@ -157,7 +157,10 @@ def _literal(node: ast.expr) -> Any:
     match node:
         case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str() as text)]):
             return float(text)
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="device"), args=[ast.Constant(value=str() as text)]):
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="torch"), attr="device"),
+            args=[ast.Constant(value=str() as text)],
+        ):
             return torch.device(text)
         case ast.Attribute(value=ast.Name(id="torch"), attr=name):
             found = getattr(torch, name, None)
@@ -179,7 +182,9 @@ def _binding(argument: ast.arg) -> Binding:
     raise TextError(f"line {argument.lineno}: not a binding: {text!r}; write 'weight NAME' or 'input NUMBER'")
 
 
-_NOTE = re.compile(r"(?P<spec>none|size [^{]*?|\(.*?\)|[\w]+\[[^\]]*\])(?:  (?P<address>[^{]\S*))?(?:  \{(?P<extras>.*)\})?$")
+_NOTE = re.compile(
+    r"(?P<spec>none|size [^{]*?|\(.*?\)|[\w]+\[[^\]]*\])(?:  (?P<address>[^{]\S*))?(?:  \{(?P<extras>.*)\})?$"
+)
 
 
 def _read_note(note: str, name: str, line: int) -> dict[str, Any]:

@@ -112,7 +112,15 @@ class Places:
 
     def place(self, call: Call) -> Place:
         """The place of a call."""
-        return Place(self.program.book.address(call), str(call.id), call.inputs, call.output, call.start, call.end, call)
+        return Place(
+            self.program.book.address(call),
+            str(call.id),
+            call.inputs,
+            call.output,
+            call.start,
+            call.end,
+            call,
+        )
 
     def _module(self, address: Address) -> Call:
         modules = self.program.book.modules
@@ -121,7 +129,9 @@ class Places:
             return call
         calls = sum(path == address.module for path, _ in modules)
         if calls:
-            raise NotExecuted(f"{address.place}: this forward calls {address.module!r} {_times(calls)}; the last is {address.module}#{calls - 1}")
+            raise NotExecuted(
+                f"{address.place}: this forward calls {address.module!r} {_times(calls)}; the last is {address.module}#{calls - 1}"
+            )
         paths = sorted({path for path, _ in modules})
         raise NotExecuted(
             f"{address.place}: this forward never calls the module {address.module!r}, so it has no input and no output; "
@@ -132,16 +142,26 @@ class Places:
         place, source = self.program.book.address(call), self.source(call)
         made = [c for c in self.program.book.children(call) if c.name == step.name]
         if made:
-            return NotExecuted(f"{place}/{step}: {step.name} runs {_times(len(made))} here; the last is {step.name}#{len(made) - 1}")
+            return NotExecuted(
+                f"{place}/{step}: {step.name} runs {_times(len(made))} here; the last is {step.name}#{len(made) - 1}"
+            )
         site = source.find(step.name) if source is not None else None
         if site is not None and step.name in call.ran:
-            return NotExecuted(f"{place}/{step}: it runs, but calls nothing of torch or Python whose value could be kept: {site.text}")
+            return NotExecuted(
+                f"{place}/{step}: it runs, but calls nothing of torch or Python whose value could be kept: {site.text}"
+            )
         if site is not None:
-            return NotExecuted(f"{place}/{step}: on a branch that this forward does not take (line {site.span.line}: {site.text})")
+            return NotExecuted(
+                f"{place}/{step}: on a branch that this forward does not take (line {site.span.line}: {site.text})"
+            )
         known = [c.name for c in self.program.book.children(call)]
         hint = nearest(step.name, [*known, *self.node_places(call)])
         listed = ", ".join(dict.fromkeys(known)) or "no operations"
-        return UnknownAddress(f"no operation {step.name!r} in {str(place) or 'the root module'}; {hint}\n  it has: {listed}".replace("; \n", "\n"))
+        return UnknownAddress(
+            f"no operation {step.name!r} in {str(place) or 'the root module'}; {hint}\n  it has: {listed}".replace(
+                "; \n", "\n"
+            )
+        )
 
     def source(self, call: Call) -> Source | None:
         """The source whose operations are the call's children."""
@@ -210,5 +230,3 @@ def sub_structure(structure: Structure, key: Key) -> tuple[Structure, int]:
             return Structure(child, structure.leaves[number : number + child.size]), number
         number += child.size
     raise KeyError(key)
-
-

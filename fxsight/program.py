@@ -20,6 +20,7 @@ from fxsight.node import Binding, InputLeaf, OutputLeaf, Size, binding_of, outpu
 from fxsight.text import Header, program_text
 from fxsight.tree import Tree
 
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """One forward of a model, immutable.

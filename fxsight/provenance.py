@@ -75,9 +75,10 @@ class OpenCall:
 class Scribe:
     """Writes down the calls of one forward of ``root``; use as ``with scribe.watching(): root(...)``."""
 
-    def __init__(self, root: nn.Module, reader: SourceReader) -> None:
+    def __init__(self, root: nn.Module, reader: SourceReader, on_tick: Callable[[], None] | None = None) -> None:
         self.root = root
         self.reader = reader
+        self._on_tick = on_tick
         self.calls: list[OpenCall] = []
         self.returned: tuple[Any, Any] = (None, None)  # structure and fixed leaves of the model's output
         self._clock = 0
@@ -93,7 +94,10 @@ class Scribe:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Active inside: hooks on the modules, torch calls, Python calls. All removed on the way out."""
-        tensors = [*self.root.named_parameters(remove_duplicate=False), *self.root.named_buffers(remove_duplicate=False)]
+        tensors = [
+            *self.root.named_parameters(remove_duplicate=False),
+            *self.root.named_buffers(remove_duplicate=False),
+        ]
         self._weights = {id(t): name for name, t in reversed(tensors)}
         handles = [h for m in self.root.modules() for h in self._hook(m)]
         before = sys.getprofile()
@@ -116,6 +120,8 @@ class Scribe:
 
     def tick(self) -> int:
         """Tag the nodes made since the last tick with their time and innermost call; then the time now."""
+        if self._on_tick is not None:
+            self._on_tick()
         graph = _torch.export_graph()
         if graph is not None:
             node = self._last_node.next if self._last_node is not None else next(iter(graph.nodes), None)
@@ -175,7 +181,10 @@ class Scribe:
             site, line = self._site(self._stack[-1] if self._stack else None, sys._getframe(1))
             name = site.name if site is not None else path.rpartition(".")[2] or "root"
             call = self._begin("module", type(module).__name__, name, line)
-            call.module, call.module_call = path, sum(c.kind == "module" and c.module == path for c in self.calls[:-1])
+            call.module, call.module_call = (
+                path,
+                sum(c.kind == "module" and c.module == path for c in self.calls[:-1]),
+            )
             call.code = _body(module)
             call.source = self.reader.of(call.code) if call.code is not None else None
             args, kwargs = _border((args, kwargs))
@@ -241,7 +250,12 @@ class Scribe:
         """Make one torch call and write it down."""
         with self._not_watching():
             name = getattr(func, "__name__", type(func).__name__)
-            if name == "__get__" or func is torch.ops.aten.alias.default or not self._stack or self._stack[-1].frame is None:
+            if (
+                name == "__get__"
+                or func is torch.ops.aten.alias.default
+                or not self._stack
+                or self._stack[-1].frame is None
+            ):
                 return func(*args, **kwargs)
             site, line = self._site(self._stack[-1], sys._getframe(2))
             label = site.name if site is not None else "torch_" + re.sub(r"\W", "_", name.strip("_"))
@@ -365,5 +379,3 @@ def _arguments(frame: FrameType) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _is_in_place(name: str, kwargs: Any) -> bool:
     return "out" in kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-
-

@@ -11,6 +11,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fxsight.address import Address
 from fxsight.errors import InputError, LostEditWarning, TextError, TraceError, WriteError
 from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
-from fxsight.mutate import SELF, mutate
+from fxsight.mutate import SELF, ViewStep, mutate
 from fxsight.node import Fixed, Origin
 from fxsight.place import Location
 from fxsight.program import Program
@@ -34,10 +35,29 @@ Demand = Callable[[Sequence[fx.Node]], list[torch.Tensor]]
 
 _ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
 _NUMBERS = frozenset(
-    "item tolist __bool__ __int__ __float__ __index__ __complex__ numpy __array__ __repr__ __str__ __format__ __contains__ "
-    "is_nonzero equal allclose __reduce_ex__ __deepcopy__ cpu_numpy".split()
+    [
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "numpy",
+        "__array__",
+        "__repr__",
+        "__str__",
+        "__format__",
+        "__contains__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+        "__reduce_ex__",
+        "__deepcopy__",
+        "cpu_numpy",
+    ]
 )
-_GRADIENTS = frozenset("backward requires_grad_ retain_grad register_hook".split())
+_GRADIENTS = frozenset(["backward", "requires_grad_", "retain_grad", "register_hook"])
 
 
 @dataclass(eq=False)
@@ -61,7 +81,12 @@ class Recorder:
     """
 
     def __init__(
-        self, program: Program, sizes: Mapping[str, int], weights: Mapping[int, str], demand: Demand, lookup: Callable[[str], torch.Tensor]
+        self,
+        program: Program,
+        sizes: Mapping[str, int],
+        weights: Mapping[int, str],
+        demand: Demand,
+        lookup: Callable[[str], torch.Tensor],
     ) -> None:
         self.program, self.sizes, self.lookup = program, sizes, lookup
         self.graph = fx.Graph()
@@ -84,7 +109,14 @@ class Recorder:
     def read(self, location: Location) -> Value:
         """The present value at a location: a snapshot of its own, and a handle for in-place edits."""
         state = self._state(location)
-        cell = Cell(self, self._fresh(location), state.node, str(location.address), user_line(), handles=[(state, state.version)])
+        cell = Cell(
+            self,
+            self._fresh(location),
+            state.node,
+            str(location.address),
+            user_line(),
+            handles=[(state, state.version)],
+        )
         return Value.of(cell)
 
     def spec(self, location: Location) -> TensorSpec:
@@ -113,8 +145,12 @@ class Recorder:
 
     def dress(self, structure: Any, address: Address) -> Any:
         """A model output or dataclass inside the body: with ``.save()``, and watched for assignments to its members."""
-        object.__setattr__(structure, "save", lambda: self.keep(structure) or structure)
+        object.__setattr__(structure, "save", partial(self._keep_structure, structure))
         self._dressed.append((structure, list(flatten(structure)[0]), address))
+        return structure
+
+    def _keep_structure(self, structure: Any) -> Any:
+        self.keep(structure)
         return structure
 
     def undress(self) -> None:
@@ -167,10 +203,22 @@ class Recorder:
         if name == "__get__":
             return self._attribute(func, args)
         if name == "__set__" or name in _GRADIENTS:
-            raise TraceError(f"{_attribute_name(func)} of a traced value: gradients inside a trace are not supported yet")
+            raise TraceError(
+                f"{_attribute_name(func)} of a traced value: gradients inside a trace are not supported yet"
+            )
         if name in _NUMBERS:
             return func(*self.numbers(args), **self.numbers(kwargs))
-        if name in ("size", "stride", "numel", "dim", "__len__", "is_contiguous", "element_size", "storage_offset", "nelement"):
+        if name in (
+            "size",
+            "stride",
+            "numel",
+            "dim",
+            "__len__",
+            "is_contiguous",
+            "element_size",
+            "storage_offset",
+            "nelement",
+        ):
             self._look(args)
             return func(*map_leaves(_fake, args), **kwargs)
         return self._operation(func, args, kwargs)
@@ -221,11 +269,20 @@ class Recorder:
     def _with_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A result whose shape depends on numbers: computed now, and a constant from here on."""
         return map_leaves(
-            lambda x: self._constant_value(x) if isinstance(x, torch.Tensor) else x, func(*self.numbers(args), **self.numbers(kwargs))
+            lambda x: self._constant_value(x) if isinstance(x, torch.Tensor) else x,
+            func(*self.numbers(args), **self.numbers(kwargs)),
         )
 
     def _constant_value(self, tensor: torch.Tensor) -> Value:
-        return Value.of(Cell(self, self._fake_of(tensor), self._argument(tensor), "a value computed inside the body", user_line()))
+        return Value.of(
+            Cell(
+                self,
+                self._fake_of(tensor),
+                self._argument(tensor),
+                "a value computed inside the body",
+                user_line(),
+            )
+        )
 
     def _add(self, func: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
         try:
@@ -253,7 +310,9 @@ class Recorder:
             wrapped.append(Value.of(self._cell(fake, member, path, leaves, fakes, made)))
         return tree.build(wrapped)
 
-    def _cell(self, fake: Any, node: fx.Node, path: Any, leaves: list[Any], fakes: list[Any], made: tuple[Any, Tree]) -> Cell:
+    def _cell(
+        self, fake: Any, node: fx.Node, path: Any, leaves: list[Any], fakes: list[Any], made: tuple[Any, Tree]
+    ) -> Cell:
         func, tree = made
         what = f"the result of {target_name(func)}"
         for number, (leaf, given) in enumerate(zip(leaves, fakes, strict=True)):
@@ -272,12 +331,18 @@ class Recorder:
         cell = changed.cell if isinstance(changed, Value) else self._update_cell(changed)
         filled = [SELF if i == number else self._argument(x) for i, x in enumerate(leaves)]
         args, kwargs = tree.build(filled)
-        root, views = cell.root, []
+        root = cell.root
+        views: list[ViewStep] = []
         while cell.base is not None and cell.step is not None:
             views.insert(0, cell.step)
             cell = cell.base
         before = self._current(root)
-        node = self._add(mutate, (before, tuple(views), target_name(func), tuple(args), dict(kwargs)), {}, before.meta["spec"])
+        node = self._add(
+            mutate,
+            (before, tuple(views), target_name(func), tuple(args), dict(kwargs)),
+            {},
+            before.meta["spec"],
+        )
         root.node, root.version, root.seen = node, root.version + 1, root.version + 1
         self._edit(root)
         return changed if result is fakes[number] else result
@@ -339,7 +404,9 @@ class Recorder:
         if isinstance(leaf, torch.Tensor):
             return self._given_tensor(leaf)[0]
         if isinstance(leaf, slice) and any(values_in(leaf)):
-            return slice(*(self.numbers(x).item() if isinstance(x, Value) else x for x in (leaf.start, leaf.stop, leaf.step)))
+            return slice(
+                *(self.numbers(x).item() if isinstance(x, Value) else x for x in (leaf.start, leaf.stop, leaf.step))
+            )
         if isinstance(leaf, torch.nn.Module):
             raise TraceError(f"a module cannot be an argument of a recorded call: {type(leaf).__name__}")
         return leaf.item() if type(leaf).__module__ == "numpy" and hasattr(leaf, "item") and not leaf.shape else leaf
@@ -384,7 +451,9 @@ class Recorder:
         self.undress()
         for tensor, version in zip(self.constants, self._versions, strict=True):
             if _torch.version(tensor) != version:
-                raise InputError(f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; use a copy: t.clone()")
+                raise InputError(
+                    f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; use a copy: t.clone()"
+                )
         saves = tuple(self._save(value) for value in self._saved)
         return self.intervention(saves), self._saved
 
@@ -438,7 +507,9 @@ class _Update:
 
 
 def _plain(value: Any) -> Fixed:
-    return Fixed(value if value is None or isinstance(value, (bool, int, float, str)) else f"<{type(value).__qualname__}>")
+    return Fixed(
+        value if value is None or isinstance(value, (bool, int, float, str)) else f"<{type(value).__qualname__}>"
+    )
 
 
 def _fake(leaf: Any) -> Any:

@@ -12,44 +12,10 @@ from fxsight.errors import InputError
 from fxsight.lower import Lowered, Tier, eager, inductor
 from fxsight.node import Fixed
 from fxsight.program import Program
-from fxsight.spec import TensorSpec, number
+from fxsight.sizes import bind_sizes
 from fxsight.tree import flatten
 
 Fetch = Callable[[], torch.Tensor]
-
-
-def bind_sizes(program: Program, leaves: Sequence[Any]) -> dict[str, int]:
-    """The named sizes of some inputs.
-
-    Raises: InputError when the inputs are not of the program's dtypes, ranks and sizes.
-    """
-    sizes: dict[str, int] = {}
-    for number_, (spec, leaf) in enumerate(zip(program.input_leaves, leaves, strict=True)):
-        if isinstance(spec, TensorSpec):
-            _bind(sizes, spec, leaf, f"input {number_}")
-    for size in program.sizes:
-        value = sizes.get(size.name)
-        if value is not None and (value < size.low or (size.high is not None and value > size.high)):
-            raise InputError(f"{size.name} is {value}, and this program holds for {size}")
-    for guard in program.guards:
-        if guard.xreplace({s: sizes[s.name] for s in guard.free_symbols if s.name in sizes}) == False:  # noqa: E712
-            raise InputError(f"sizes {sizes} break the condition {guard} of this program")
-    return sizes
-
-
-def _bind(sizes: dict[str, int], spec: TensorSpec, leaf: Any, what: str) -> None:
-    if not isinstance(leaf, torch.Tensor) or leaf.dtype != spec.dtype or leaf.ndim != len(spec.shape):
-        got = f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
-        raise InputError(f"{what} is {got}, and this program takes {spec}")
-    if str(leaf.device) != spec.device:
-        raise InputError(f"{what} is on {leaf.device}, and this program runs on {spec.device}")
-    for dim, value in zip(spec.shape, leaf.shape, strict=True):
-        if not isinstance(dim, int) and dim.is_Symbol:
-            expected = sizes.setdefault(dim.name, value)
-        else:
-            expected = number(dim, sizes)
-        if expected != value:
-            raise InputError(f"{what} is {list(leaf.shape)}, and this program takes {spec} with {sizes}")
 
 
 class Executable:
@@ -59,11 +25,20 @@ class Executable:
     ``lower.TOLERANCE``.
     """
 
-    def __init__(self, program: Program, module: nn.Module, constants: Sequence[torch.Tensor], tier: Tier, fixed: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        module: nn.Module,
+        constants: Sequence[torch.Tensor],
+        tier: Tier,
+        fixed: Mapping[str, int],
+    ) -> None:
         self.program, self.module, self.tier = program, module, tier
         self.constants = list(constants)
         self.fixed = dict(fixed)
-        self._fetch = [self._fetcher(b.kind, b.key) for b in program.bindings.values() if b.kind in ("weight", "literal")]
+        self._fetch = [
+            self._fetcher(b.kind, b.key) for b in program.bindings.values() if b.kind in ("weight", "literal")
+        ]
         self._order = [(b.kind, b.key) for b in program.bindings.values()]
         self._lowered: Lowered | None = eager(program) if tier == "eager" else None
 
@@ -79,20 +54,30 @@ class Executable:
         """
         leaves, tree = flatten((args, kwargs))
         if tree != self.program.inputs:
-            raise InputError(f"these inputs have another structure than those the program was made for: {self.program.inputs.to_json()}")
+            raise InputError(
+                f"these inputs have another structure than those the program was made for: {self.program.inputs.to_json()}"
+            )
         sizes = bind_sizes(self.program, leaves)
         self._check_fixed(leaves, sizes)
         values = list(self.run(leaves, self.constants))
         free = iter(values)
-        return tuple(self.program.outputs.build([x.value if isinstance(x, Fixed) else next(free) for x in self.program.output_leaves]))
+        return tuple(
+            self.program.outputs.build(
+                [x.value if isinstance(x, Fixed) else next(free) for x in self.program.output_leaves]
+            )
+        )
 
     def _check_fixed(self, leaves: Sequence[Any], sizes: Mapping[str, int]) -> None:
         for leaf, given in zip(self.program.input_leaves, leaves, strict=True):
             if isinstance(leaf, Fixed) and leaf.value != given:
-                raise InputError(f"an input that is not a tensor is part of the program: it was {leaf.value!r}, not {given!r}")
+                raise InputError(
+                    f"an input that is not a tensor is part of the program: it was {leaf.value!r}, not {given!r}"
+                )
         for name, value in self.fixed.items():
             if sizes.get(name, value) != value:
-                raise InputError(f"the body looked at sizes, so its program holds for {name} = {value}, not {sizes[name]}; trace again")
+                raise InputError(
+                    f"the body looked at sizes, so its program holds for {name} = {value}, not {sizes[name]}; trace again"
+                )
 
     def run(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> Sequence[Any]:
         """The results, for input leaves that are known to fit."""

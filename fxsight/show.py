@@ -1,17 +1,28 @@
-"""Operations as text: types of structured values, a source with notes beside it, one operation, a table."""
+"""What is known of operations, and how it is printed: types, a source with notes beside it, one operation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from fxsight.address import Address
 from fxsight.book import Call, Const, Leaf, Opaque, Ref, SizeRef, Structure, Weight
+from fxsight.errors import NotExecuted, TraceError
 from fxsight.node import Binding
+from fxsight.place import Place, Places
 from fxsight.program import Program
+from fxsight.provenance import Libraries
 from fxsight.source import Site, Source
-from fxsight.spec import Spec, TensorSpec
+from fxsight.spec import SizeSpec, Spec, TensorSpec
 from fxsight.tree import Tree
 
+if TYPE_CHECKING:
+    from fxsight.model import Model
+
+NOTHING_CAPTURED = "nothing has been captured yet; model.capture(*inputs), or a trace, tells what runs"
 NOT_EXECUTED = "not executed"
 _SHOWN = 8  # members of a container that are shown before the rest is counted
 
@@ -25,38 +36,143 @@ class Text(str):
         return str(self)
 
 
+# -- what is known -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Body:
+    """What is known of one body.
+
+    names: of its operations, in the order of the source.  calls: by name, in the order of execution.
+    ran: as in ``Call``.  note: why there are no values.  is_torch: whether its operations are operators.
+    """
+
+    title: str
+    source: Source | None
+    names: tuple[str, ...]
+    calls: Mapping[str, Sequence[Call]] = field(default_factory=dict[str, Sequence[Call]])
+    ran: tuple[str, ...] = ()
+    note: str = ""
+    is_torch: bool = False
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at a model at this moment: at the program of the open trace, else at the one asked for last."""
+
+    root: Model
+
+    @property
+    def trace(self) -> Any:
+        """The open trace, or None."""
+        return self.root._captures.open
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The named sizes of the open trace; none outside."""
+        return {} if self.trace is None else self.trace._sizes
+
+    @property
+    def captured(self) -> Places | None:
+        """The places of the program; None while nothing has been captured."""
+        captures, trace = self.root._captures, self.trace
+        program: Program | None = captures.latest if trace is None else trace._captured
+        return None if program is None else Places(program, captures.reader)
+
+    def places(self, address: Address) -> Places:
+        """The same.
+
+        Raises: TraceError while nothing has been captured.
+        """
+        places = self.captured
+        if places is None:
+            raise TraceError(f"{address}: {NOTHING_CAPTURED}")
+        return places
+
+    def find(self, address: Address) -> Place:
+        """The place of an address.
+
+        Raises: UnknownAddress, NotExecuted; TraceError while nothing has been captured.
+        """
+        found: Place = self.places(address).find(address) if self.trace is None else self.trace.place(address)
+        return found
+
+    def module(self, path: str) -> nn.Module:
+        """A module of the model."""
+        module: nn.Module = self.root._module.get_submodule(path)
+        return module
+
+    def forward(self, path: str) -> Source | None:
+        """The source of a module's forward, whether it has run or not; None when it has none in Python."""
+        module = self.module(path)
+        source: Source | None = (
+            self.root._captures.reader.of_function(module.forward) if has_forward(module) else None
+        )
+        return source
+
+    def body(self, address: Address) -> Body:
+        """What is known of the body at an address.
+
+        Raises: UnknownAddress, NotExecuted, but for modules, of which the source is there in any case.
+        """
+        places = self.captured
+        if places is None:
+            return self._unknown(address, NOTHING_CAPTURED)
+        try:
+            place = self.find(address)
+        except NotExecuted as error:
+            if address.steps:
+                raise
+            return self._unknown(address, str(error))
+        if place.call is None:
+            return Body(address.steps[-1].name, None, (), is_torch=True)
+        if place.call.kind == "torch":
+            return Body(place.call.title, None, tuple(places.node_places(place.call)), is_torch=True)
+        return _body(place.call, places)
+
+    def _unknown(self, address: Address, reason: str) -> Body:
+        module, source = self.module(address.module), self.forward(address.module)
+        names = source.names("call") if source is not None and self.captured is None else ()
+        return Body(type(module).__name__, source, names, note=reason if has_forward(module) else "")
+
+
+def _body(call: Call, places: Places) -> Body:
+    """That of a module or function that has run."""
+    source = places.source(call)
+    calls: dict[str, list[Call]] = {}
+    for child in places.program.book.children(call):
+        calls.setdefault(child.name, []).append(child)
+    order = {} if source is None else {name: number for number, name in enumerate(source.names())}
+    names = tuple(sorted(calls, key=lambda name: order.get(name, len(order))))
+    return Body(call.title, source, names, calls, call.ran)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether the class of a module has a forward (``ModuleList`` has none)."""
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
+
+
+# -- types ---------------------------------------------------------------------------------------------------
+
+
 def value_text(structure: Structure, program: Program) -> str:
     """The type of a structured value: ``f32[batch, length, 64]``, ``(f32[batch, 2, length, 16], None)``."""
     return _structured(structure.tree, iter([_leaf_text(leaf, program) for leaf in structure.leaves]))
 
 
-def note_text(calls: Sequence[Call], program: Program) -> str:
-    """What stands behind the line of an operation: the type of its first output, and how often it runs."""
-    output = calls[0].output
-    plain = output.leaves and all(isinstance(leaf, (Const, SizeRef)) for leaf in output.leaves)
-    times = f", runs {len(calls)} times" if len(calls) > 1 else ""
-    return f"{'= ' * bool(plain)}{value_text(output, program)}{times}"
-
-
 def tensor_spec_of(structure: Structure, program: Program) -> TensorSpec | None:
     """The spec of a value that is one tensor; None for any other."""
-    if structure.tree.kind != "leaf":
-        return None
-    spec = _spec(structure.leaves[0], program)
+    spec = _spec(structure.leaves[0], program) if structure.tree.kind == "leaf" else None
     return spec if isinstance(spec, TensorSpec) else None
 
 
 def _spec(leaf: Leaf, program: Program) -> Spec:
-    match leaf:
-        case Ref(name) if name in program.nodes:
-            found: Spec = program.nodes[name].meta.get("spec")
-            return found
-        case Weight(name):
-            here = Binding("weight", name)
-            node = next((node for node, binding in program.bindings.items() if binding == here), "")
-            return program.nodes[node].meta.get("spec") if node else None
-        case _:
-            return None
+    name = leaf.node if isinstance(leaf, Ref) else ""
+    if isinstance(leaf, Weight):
+        bindings = program.bindings.items()
+        name = next((node for node, known in bindings if known == Binding("weight", leaf.name)), "")
+    found: Spec = program.nodes[name].meta.get("spec") if name in program.nodes else None
+    return found
 
 
 def _leaf_text(leaf: Leaf, program: Program) -> str:
@@ -73,14 +189,16 @@ def _leaf_text(leaf: Leaf, program: Program) -> str:
 
 
 def _spec_text(spec: Spec) -> str:
-    return f"({', '.join(map(_spec_text, spec))})" if isinstance(spec, tuple) else str(spec)
+    if isinstance(spec, tuple):
+        return f"({', '.join(map(_spec_text, spec))})"
+    return str(spec.expr if isinstance(spec, SizeSpec) else spec)
 
 
 def _structured(tree: Tree, leaves: Iterator[str]) -> str:
     if tree.kind == "leaf":
         return next(leaves)
     parts = [_structured(child, leaves) for child in tree.children]
-    if tree.kind in ("dict", "namedtuple", "fields", "cache"):
+    if tree.kind not in ("tuple", "list"):
         form = "{!r}: {}" if tree.kind == "dict" else "{}={}"
         parts = [form.format(key, part) for key, part in zip(tree.keys, parts, strict=True)]
     if len(parts) > _SHOWN:
@@ -94,41 +212,71 @@ def _structured(tree: Tree, leaves: Iterator[str]) -> str:
         case "dict":
             return "{" + inner + "}"
         case _:
-            return f"{tree.name.rpartition(':')[2].rpartition('.')[2]}({inner})"
+            return f"{tree.name.partition(':')[2].rpartition('.')[2]}({inner})"
 
 
-def source_text(
-    header: str, source: Source, notes: Mapping[str, str], operators: bool, rest: Sequence[str]
-) -> Text:
-    """A body with its operations beside their lines.
+# -- pages ---------------------------------------------------------------------------------------------------
 
-    notes: by operation name.  operators: with those operators, subscripts and attributes that have a note.
-    rest: lines for operations that have no place in the source.
+
+def body_text(body: Body, address: Address, program: Program | None, operators: bool) -> Text:
+    """A body with its operations beside their lines; without a source, the first line alone.
+
+    operators: with those operators, subscripts and attributes that have a value, too.
     """
-    sites = tuple(s for s in source.sites if s.kind == "call" or (operators and s.name in notes))
-    shown = replace(source, sites=sites).render(notes, operators=operators)
-    return Text("\n".join([header, "", shown, *rest]))
+    file = (
+        f"{Libraries().short(body.source.file)}:{body.source.first_line}" if body.source is not None else ""
+    )
+    header = "  ".join(filter(None, (body.title, str(address) or "the root module", file)))
+    header = "\n".join(filter(None, (header, body.note)))
+    if body.source is None:
+        return Text(header)
+    sites = {site.name: site for site in body.source.sites}
+    if program is None or body.note:
+        return Text(f"{header}\n\n{body.source.render()}")
+    notes = {name: _site_note(site, body, program) for name, site in sites.items()}
+    notes = {name: note for name, note in notes.items() if note}
+    shown = tuple(s for s in body.source.sites if s.kind == "call" or (operators and s.name in notes))
+    text = replace(body.source, sites=shown).render(notes, operators=operators)
+    rest = [f"{name}    # {_note(calls, program)}" for name, calls in body.calls.items() if name not in sites]
+    more = ["", "made by attributes and constructors that the source uses:", *rest] if rest else []
+    return Text("\n".join([header, "", text, *more]))
 
 
-def site_note(site: Site, calls: Sequence[Call], ran: Sequence[str], program: Program) -> str:
-    """The note of one place of the source; empty where nothing is known."""
-    if calls:
-        return note_text(calls, program)
-    return NOT_EXECUTED if site.kind == "call" and site.name not in ran else ""
+def _site_note(site: Site, body: Body, program: Program) -> str:
+    """What stands behind the line of an operation; nothing where nothing is known."""
+    if site.name in body.calls:
+        return _note(body.calls[site.name], program)
+    return NOT_EXECUTED if site.kind == "call" and site.name not in body.ran else ""
+
+
+def _note(calls: Sequence[Call], program: Program) -> str:
+    """The type of the first output, and how often there is one."""
+    output = calls[0].output
+    is_plain = output.leaves and all(isinstance(leaf, Const | SizeRef) for leaf in output.leaves)
+    times = f", runs {len(calls)} times" if len(calls) > 1 else ""
+    return f"{'= ' if is_plain else ''}{value_text(output, program)}{times}"
+
+
+def empty_text(body: Body, module: nn.Module) -> str:
+    """Why there is no source, in words."""
+    if body.is_torch:
+        return "became these operators:" if body.names else "an operator of the graph: there is nothing in it"
+    if has_forward(module):
+        return "its forward has no source in Python to read: it is compiled, generated, or from exec"
+    names = [f"[{name}].ops" if name.isdigit() else f".{name}.ops" for name, _ in module.named_children()]
+    return f"it has no forward; its modules have: {', '.join(names)}" if names else "it has no forward"
+
+
+def operation_text(address: Address, facts: Mapping[str, str], window: str) -> Text:
+    """One operation: its address, its facts in a column, and the lines around it."""
+    width = max(map(len, facts))
+    column = [f"  {name:<{width}}  {fact}" for name, fact in facts.items() if fact]
+    return Text("\n".join([str(address), *column, *(["", window] if window else [])]))
 
 
 def table_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Text:
     """Rows in columns."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = (
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        for row in (head, *rows)
-    )
+    table = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in table]
     return Text("\n".join(line.rstrip() for line in lines))
-
-
-def operation_text(head: str, facts: Mapping[str, str], window: str) -> Text:
-    """One operation: what it is, its facts in a column, and the lines around it."""
-    width = max(map(len, facts), default=0)
-    column = [f"  {name:<{width}}  {fact}" for name, fact in facts.items() if fact]
-    return Text("\n".join([head, *column, *(["", window] if window else [])]))

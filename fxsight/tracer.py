@@ -52,7 +52,9 @@ class Tracer:
         self._captures.enter(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._captures.leave(self)
         self._recorder.is_open = error is None
         try:
@@ -188,7 +190,8 @@ def become(value: Value, tensor: torch.Tensor) -> None:
     Source: ``torch.utils.swap_tensors`` exchanges the two objects' contents and classes.
     """
     plain = tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor
+    swap: Any = torch.utils.swap_tensors
     try:
-        torch.utils.swap_tensors(value, plain)
+        swap(value, plain)
     except RuntimeError:  # something else refers to this very tensor (a view of it): swap with a view, too
-        torch.utils.swap_tensors(value, plain.view_as(plain))
+        swap(value, plain.view_as(plain))

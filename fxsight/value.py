@@ -74,7 +74,7 @@ class Value(torch.Tensor):
     def of(cell: Cell) -> Value:
         """The value with the node and shape of ``cell``."""
         fake = cell.fake
-        made: Value = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Value = torch.Tensor._make_wrapper_subclass(
             Value, fake.shape, strides=fake.stride(), dtype=fake.dtype, device=fake.device
         )
         made.cell = cell
@@ -88,11 +88,13 @@ class Value(torch.Tensor):
             if not value.cell.recorder.is_open:
                 raise not_saved(value.cell)
         if len({id(value.cell.recorder) for value in values}) > 1:
-            raise TraceError(f"values of two traces in one call: {', '.join(v.cell.what for v in values)}; save the first and use it after its block")
+            raise TraceError(
+                f"values of two traces in one call: {', '.join(v.cell.what for v in values)}; save the first and use it after its block"
+            )
         return values[0].cell.recorder.call(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
         raise TraceError(f"{func} was reached without being recorded; call torch functions on values of a trace")
 
     def save(self) -> Value:
@@ -150,5 +152,3 @@ class Members(tuple[Any, ...]):
         if first is not None:
             first.cell.recorder.keep(tuple(self))
         return self
-
-

@@ -1,11 +1,11 @@
 """What is always true of a program; one error per broken rule.
 
-    topological     a node uses only nodes before it
-    named           every placeholder has a binding, no two the same
-    typed           every node has a spec; what is returned are values
-    callable        every operation calls a function a program may call, with arguments a program may have
-    located         every operation says which call or which pass made it
-    structured      inputs and outputs have as many leaves as their trees, and as many results as free leaves
+topological     a node uses only nodes before it
+named           every placeholder has a binding, no two the same
+typed           every node has a spec; what is returned are values
+callable        every operation calls a function a program may call, with arguments a program may have
+located         every operation says which call or which pass made it
+structured      inputs and outputs have as many leaves as their trees, and as many results as free leaves
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ def verify(program: Program) -> Program:
         elif node.op == "call_function":
             _check_call(program, node)
         else:
-            _rule(node.op == "output" and node is output_node(program.graph), program, "callable", node, f"is a {node.op}")
+            _rule(
+                node.op == "output" and node is output_node(program.graph),
+                program,
+                "callable",
+                node,
+                f"is a {node.op}",
+            )
         seen.add(node)
     _check_structure(program)
     return program
@@ -45,7 +51,13 @@ def verify(program: Program) -> Program:
 def _check_call(program: Program, node: fx.Node) -> None:
     _rule("spec" in node.meta, program, "typed", node, "has no spec")
     origin = node.meta.get("origin")
-    _rule(origin is not None and (origin.call >= 0 or origin.made_by != ""), program, "located", node, "has no origin")
+    _rule(
+        origin is not None and (origin.call >= 0 or origin.made_by != ""),
+        program,
+        "located",
+        node,
+        "has no origin",
+    )
     try:
         target_name(node.target)
         for argument in (*node.args, *node.kwargs.values()):
@@ -56,10 +68,28 @@ def _check_call(program: Program, node: fx.Node) -> None:
 
 def _check_structure(program: Program) -> None:
     node = output_node(program.graph)
-    _rule(program.inputs.size == len(program.input_leaves), program, "structured", node, "inputs do not fit their tree")
-    _rule(program.outputs.size == len(program.output_leaves), program, "structured", node, "outputs do not fit their tree")
+    _rule(
+        program.inputs.size == len(program.input_leaves),
+        program,
+        "structured",
+        node,
+        "inputs do not fit their tree",
+    )
+    _rule(
+        program.outputs.size == len(program.output_leaves),
+        program,
+        "structured",
+        node,
+        "outputs do not fit their tree",
+    )
     free = sum(not isinstance(leaf, Fixed) for leaf in program.output_leaves)
-    _rule(free <= len(program.results), program, "structured", node, f"{free} free leaves, {len(program.results)} results")
+    _rule(
+        free <= len(program.results),
+        program,
+        "structured",
+        node,
+        f"{free} free leaves, {len(program.results)} results",
+    )
 
 
 def _rule(holds: bool, program: Program, rule: str, node: fx.Node, fact: str) -> None:

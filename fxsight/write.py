@@ -39,7 +39,14 @@ def _leaf(recorder: Recorder, leaf: Leaf, location: Location | None, place: Plac
             return leaf
 
 
-def _build(recorder: Recorder, tree: Tree, leaves: list[Any], found: list[Location | None], place: Place, write: Writer) -> Any:
+def _build(
+    recorder: Recorder,
+    tree: Tree,
+    leaves: list[Any],
+    found: list[Location | None],
+    place: Place,
+    write: Writer,
+) -> Any:
     if tree.kind == "fields" and any(found):
         return recorder.dress(tree.build(leaves), place.address)
     if tree.kind != "tuple" or not any(found):
@@ -75,13 +82,17 @@ def check_write(recorder: Recorder, place: Place, port: str, value: Any) -> Iter
     if not any(found):
         raise WriteError(f"{address} is {_shown(structure)}: there is no tensor to write")
     if tree.size != structure.tree.size or _outline(tree) != _outline(structure.tree):
-        raise WriteError(f"{address} is {_kind(structure.tree)}, and what is written is {_kind(tree)}; write the same structure, or one member: .{port}[0] = ...")
+        raise WriteError(
+            f"{address} is {_kind(structure.tree)}, and what is written is {_kind(tree)}; write the same structure, or one member: .{port}[0] = ..."
+        )
     pairs: list[tuple[Location, Any]] = []
     for location, leaf, there in zip(found, leaves, structure.leaves, strict=True):
         if location is not None:
             pairs.append((location, _fit(recorder, location, leaf)))
         elif not (isinstance(there, Const) and there.value is leaf) and not _unchanged(there, leaf):
-            raise WriteError(f"{address}: this member is {there}, fixed when the model was captured, and cannot become {_describe(leaf)}")
+            raise WriteError(
+                f"{address}: this member is {there}, fixed when the model was captured, and cannot become {_describe(leaf)}"
+            )
     yield from pairs
 
 
@@ -104,9 +115,15 @@ def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         raise WriteError(f"{location.address} is {spec}, and what is written is {_describe(leaf)}")
     if leaf.dtype != spec.dtype or str(leaf.device) != spec.device:
-        raise WriteError(f"{location.address} is {spec} on {spec.device}, and what is written is {_describe(leaf)}; write value.to({str(spec.dtype)!s})")
+        raise WriteError(
+            f"{location.address} is {spec} on {spec.device}, and what is written is {_describe(leaf)}; write value.to({str(spec.dtype)!s})"
+        )
     if tuple(leaf.shape) == spec.shape:
-        return leaf if recorder.layout(leaf) or recorder.is_current(location, leaf) else recorder.call(torch.Tensor.contiguous, (leaf,), {})
+        return (
+            leaf
+            if recorder.layout(leaf) or recorder.is_current(location, leaf)
+            else recorder.call(torch.Tensor.contiguous, (leaf,), {})
+        )
     return _expanded(recorder, location, leaf, spec)
 
 
@@ -115,8 +132,14 @@ def _expanded(recorder: Recorder, location: Location, leaf: torch.Tensor, spec: 
         a in (1, b) for a, b in zip(reversed(leaf.shape), reversed(spec.shape), strict=False)
     )
     if not fits:
-        raise WriteError(f"{location.address} is {spec}, and what is written is {_describe(leaf)}; the shapes cannot be broadcast")
-    return recorder.call(torch.Tensor.contiguous, (recorder.call(torch.Tensor.expand_as, (leaf, recorder.read(location)), {}),), {})
+        raise WriteError(
+            f"{location.address} is {spec}, and what is written is {_describe(leaf)}; the shapes cannot be broadcast"
+        )
+    return recorder.call(
+        torch.Tensor.contiguous,
+        (recorder.call(torch.Tensor.expand_as, (leaf, recorder.read(location)), {}),),
+        {},
+    )
 
 
 def _describe(leaf: Any) -> str:
@@ -134,5 +157,3 @@ def _kind(tree: Tree) -> str:
 
 def _shown(structure: Structure) -> str:
     return ", ".join(str(leaf.value) if isinstance(leaf, Const) else str(leaf) for leaf in structure.leaves)
-
-

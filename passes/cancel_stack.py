@@ -68,7 +68,11 @@ def _member(stack: Any, dim: int, index: Any, node: fx.Node) -> fx.Node | None:
     if not isinstance(stack, fx.Node) or stack.target not in _STACK or type(index) is not int:
         return None
     members, spec = stack.args[0], stack.meta["spec"]
-    if not isinstance(members, (list, tuple)) or not isinstance(spec, TensorSpec) or (dim - _dim(stack, 1)) % len(spec.shape):
+    if (
+        not isinstance(members, (list, tuple))
+        or not isinstance(spec, TensorSpec)
+        or (dim - _dim(stack, 1)) % len(spec.shape)
+    ):
         return None
     original = members[index] if -len(members) <= index < len(members) else None
     same = isinstance(original, fx.Node) and getattr(original.meta["spec"], "dtype", None) == node.meta["spec"].dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -41,10 +41,10 @@ class ExpandMutations(Pass):
 
 
 def _expand(editor: Editor, node: fx.Node) -> None:
-    base, views, target, args, kwargs = node.args
+    base, views, target, args, kwargs = cast(tuple[Any, ...], node.args)
     node.target, node.args = aten.clone.default, (base,)
     last, changed = node, node
-    for name, view_args, view_kwargs, path in views:  # type: ignore[union-attr, misc, str-unpack]
+    for name, view_args, view_kwargs, path in views:
         changed = last = _call(editor, last, name, _fill(view_args, changed), _fill(view_kwargs, changed))
         for key in path:
             changed = last = _call(editor, last, "operator.getitem", (changed, key), {})
@@ -53,7 +53,9 @@ def _expand(editor: Editor, node: fx.Node) -> None:
 
 def _call(editor: Editor, after: fx.Node, name: str, args: Any, kwargs: Any) -> fx.Node:
     label = "user_" + name.rpartition(".")[2].strip("_")
-    return editor.call(find_target(name), tuple(args), kwargs, spec=None, name=label, after=after, origin=origin_of(after))
+    return editor.call(
+        find_target(name), tuple(args), kwargs, spec=None, name=label, after=after, origin=origin_of(after)
+    )
 
 
 def _fill(arguments: Any, value: fx.Node) -> Any:

@@ -8,8 +8,9 @@ memory is used later, the memory itself is changed. In the end each site knows i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def _inline(editor: Editor, asked: Intervention) -> dict[str, fx.Node]:
             made[node.name] = bound.get(binding) or editor.placeholder(node.name, binding, _own(spec, node.name))
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: made[n.name])
-            made[node.name] = editor.call(node.target, args, kwargs, spec=_own(spec, node.name), name=node.name, origin=origin)  # type: ignore[arg-type]
+            made[node.name] = editor.call(
+                node.target, args, kwargs, spec=_own(spec, node.name), name=node.name, origin=origin
+            )  # type: ignore[arg-type]
     return made
 
 
@@ -91,10 +94,16 @@ def _own(spec: Any, name: str) -> Any:
     return replace(spec, storage=name) if isinstance(spec, TensorSpec) else spec
 
 
-def _results(saves: tuple[Save, ...], body: Mapping[str, fx.Node]) -> tuple[Tree, tuple[Fixed | None, ...], list[fx.Node]]:
+def _results(
+    saves: tuple[Save, ...], body: Mapping[str, fx.Node]
+) -> tuple[Tree, tuple[Fixed | None, ...], list[fx.Node]]:
     tree = Tree("tuple", "", tuple(range(len(saves))), tuple(save.tree for save in saves))
     leaves = [leaf for save in saves for leaf in save.leaves]
-    return tree, tuple(x if isinstance(x, Fixed) else None for x in leaves), [body[x] for x in leaves if isinstance(x, str)]
+    return (
+        tree,
+        tuple(x if isinstance(x, Fixed) else None for x in leaves),
+        [body[x] for x in leaves if isinstance(x, str)],
+    )
 
 
 def _settle_reads(editor: Editor, body: Mapping[str, fx.Node], reads: tuple[Read, ...]) -> None:
@@ -136,8 +145,13 @@ class _Loom:
     def weave(self) -> None:
         """Put all writes in, then redirect the uses."""
         self._find_sites()
-        reads = [self._add_site(self.body[r.name], self._node(r.location.node), r.location.since) for r in self.asked.reads]
-        writes = [(w, self._add_site(self.editor.output, self._node(w.location.node), w.location.since)) for w in self.asked.writes]
+        reads = [
+            self._add_site(self.body[r.name], self._node(r.location.node), r.location.since) for r in self.asked.reads
+        ]
+        writes = [
+            (w, self._add_site(self.editor.output, self._node(w.location.node), w.location.since))
+            for w in self.asked.writes
+        ]
         for write, here in sorted(writes, key=lambda pair: (pair[0].location.since, not pair[0].in_place)):
             (self._in_place if write.in_place else self._assign)(write, here)
         for site in reads:
@@ -239,8 +253,12 @@ class _Loom:
             if site.value is not site.source and site not in not_uses:
                 changes.setdefault(site.user, {})[site.source] = site.value
         for user, values in changes.items():
-            put: Callable[[fx.Node], fx.Node] = lambda n, values=values: values.get(n, n)  # type: ignore[misc]
-            user.args, user.kwargs = fx.map_arg(user.args, put), fx.map_arg(user.kwargs, put)  # type: ignore[assignment]
+            moved = partial(_moved, values)
+            user.args, user.kwargs = fx.map_arg(user.args, moved), fx.map_arg(user.kwargs, moved)
+
+
+def _moved(values: Mapping[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    return values.get(node, node)
 
 
 def _check_order(editor: Editor, asked: Intervention) -> None:
@@ -254,7 +272,9 @@ def _causality_error(asked: Intervention, stuck: set[str]) -> CausalityError:
     """The error for a body whose values need each other: which write, and through which reads."""
     write = next((w for w in reversed(asked.writes) if w.value in stuck), asked.writes[-1])
     later = [r.location for r in asked.reads if r.location.since > write.location.since]
-    through = " -> ".join([str(write.location.address), *(str(r.address) for r in sorted(later, key=lambda r: r.since))])
+    through = " -> ".join(
+        [str(write.location.address), *(str(r.address) for r in sorted(later, key=lambda r: r.since))]
+    )
     return CausalityError(
         f"{write.line}: what is written to {write.location.address} depends on what lies downstream of it:\n"
         f"  {through} -> {write.location.address}\n"

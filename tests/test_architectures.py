@@ -69,7 +69,11 @@ def _check_unedited(model: Model, net: Any, args: Any, kwargs: Any) -> None:
 
 
 def _check_module(model: Model, net: Any, entry: Entry, args: Any, kwargs: Any) -> None:
-    steps = [Read(entry.module, "output"), Edit(entry.inner, "output", "assign", _scale), Edit(entry.module, "output", "inplace", _zero)]
+    steps = [
+        Read(entry.module, "output"),
+        Edit(entry.inner, "output", "assign", _scale),
+        Edit(entry.module, "output", "inplace", _zero),
+    ]
     expected, (read,) = run(net, args, kwargs, [steps[1], steps[0], steps[2]])
     with model.trace(*args, backend="eager", **kwargs):
         kept = _first(_view(model, entry.module).output).save()
@@ -82,7 +86,8 @@ def _check_module(model: Model, net: Any, entry: Entry, args: Any, kwargs: Any) 
 def _write(view: Any, fn: Any) -> None:
     value = view.output
     if isinstance(value, tuple):
-        value[0] = fn(value[0])
+        members: Any = value
+        members[0] = fn(value[0])
     else:
         view.output = fn(value)
 

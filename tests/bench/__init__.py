@@ -1,0 +1,1 @@
+"""What fxsight costs, against the bare module, hooks, torch.compile and nnsight. See docs/benchmarks.md."""

@@ -1,0 +1,102 @@
+"""One start in a process of its own: ``python -m tests.bench.fresh TASK MODEL`` prints what it took, as JSON.
+
+Seconds: ``import`` of the tool after torch and transformers, ``first`` and ``second`` call.
+``peak``: MiB of memory.
+"""
+
+import importlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.bench import models
+
+Trace = Callable[[], Any]
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def _fxsight(net: Any, ids: torch.Tensor, backend: str = "eager") -> Trace:
+    model = importlib.import_module("fxsight.model").Model(net, cache=True)
+
+    def trace() -> Any:
+        with model.trace(ids, backend=backend):
+            return model.transformer.h[0].output.save()
+
+    return trace
+
+
+def _inductor(net: Any, ids: torch.Tensor) -> Trace:
+    """One block steered, the last logits saved; captured already: the first call is the compilation."""
+    model = importlib.import_module("fxsight.model").Model(net, cache=False)
+    vector = models.direction(net)
+
+    def trace(backend: str = "inductor") -> Any:
+        with model.trace(ids, backend=backend):
+            model.transformer.h[0].output += vector
+            return model.output.logits[:, -1].save()
+
+    trace("eager")
+    return trace
+
+
+def _nnsight(net: Any, ids: torch.Tensor) -> Trace:
+    model = importlib.import_module("nnsight").NNsight(net)
+
+    def trace() -> Any:
+        with model.trace(ids):
+            hidden = model.transformer.h[0].output.save()
+        return hidden
+
+    return trace
+
+
+def _export(net: Any, ids: torch.Tensor) -> Trace:
+    """What any capture by ``torch.export`` costs at least."""
+    free = {"input_ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}, "use_cache": None}
+    arguments = {"input_ids": ids, "use_cache": False}
+    return lambda: torch.export.export(net, (), arguments, strict=False, dynamic_shapes=free)
+
+
+def _bare(net: Any, ids: torch.Tensor) -> Trace:
+    return lambda: net(ids)
+
+
+def _compile(net: Any, ids: torch.Tensor) -> Trace:
+    fast: Callable[..., Any] = torch.compile(net)
+    return lambda: fast(ids)
+
+
+TASKS: dict[str, tuple[str, Callable[[Any, torch.Tensor], Trace]]] = {
+    "fxsight": ("fxsight.model", _fxsight),
+    "inductor": ("fxsight.model", _inductor),
+    "nnsight": ("nnsight", _nnsight),
+    "export": ("torch", _export),
+    "bare": ("torch", _bare),
+    "compile": ("torch", _compile),
+}
+
+
+def main() -> None:
+    task, name = sys.argv[1:]
+    package, make = TASKS[task]
+    net: Any = models.LANGUAGE[name]()
+    ids = models.tokens(net, 2, 16)
+    importing, _ = _timed(lambda: importlib.import_module(package))
+    trace = make(net, ids)
+    first, second = _timed(trace)[0], _timed(trace)[0]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"import": importing, "first": first, "second": second, "peak": peak}))
+
+
+if __name__ == "__main__":
+    main()

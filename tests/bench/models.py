@@ -1,0 +1,72 @@
+"""Models and inputs, the same numbers in every process: seeded, random weights, no gradients.
+
+Imported by the nnsight worker, too: torch and transformers only.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WIDTH, DEPTH = 64, 12
+
+
+class Layers(nn.Module):
+    """Twelve linear layers of 64 in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _frozen(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().eval().requires_grad_(False)
+
+
+def layers() -> nn.Module:
+    """T1's model."""
+    return _frozen(Layers)
+
+
+def _language_model(**sizes: int | None) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return _frozen(lambda: GPT2LMHeadModel(GPT2Config(**sizes)))
+
+
+def toy() -> nn.Module:
+    """T2's model: two layers of width 64, 128 tokens, GPT-2's architecture."""
+    return _language_model(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=128, n_positions=64, bos_token_id=None, eos_token_id=None
+    )
+
+
+def gpt2() -> nn.Module:
+    """GPT-2 small with random weights: 12 layers, 12 heads, width 768, 50,257 tokens."""
+    return _language_model()
+
+
+LANGUAGE: Mapping[str, Callable[[], nn.Module]] = {"toy": toy, "gpt2": gpt2}
+
+
+def rows() -> Tensor:
+    """T1's input: f32[2, 64]."""
+    return torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def tokens(net: Any, batch: int, length: int, seed: int = 1) -> Tensor:
+    """Token ids for a language model: i64[batch, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, net.config.vocab_size, (batch, length), generator=generator)
+
+
+def direction(net: Any) -> Tensor:
+    """A steering vector: f32[width]."""
+    return torch.randn(net.config.n_embd, generator=torch.Generator().manual_seed(2))

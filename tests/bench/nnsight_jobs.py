@@ -1,0 +1,133 @@
+"""The same tasks in nnsight 0.8, as its documentation writes them; of equal ways, the fastest measured.
+
+Imported in nnsight's environment only.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.bench import grid, models
+from tests.bench.timing import Job
+
+nnsight: Any = importlib.import_module("nnsight")  # not in the environment of the type checkers
+BATCH, LENGTH = 2, 16
+
+
+def version() -> str:
+    return metadata.version("nnsight")
+
+
+# -- T1 ------------------------------------------------------------------------------------------------------
+
+
+def empty(model: Any, x: Tensor) -> list[Tensor]:
+    with model.trace(x):
+        pass
+    return []
+
+
+def one_save(model: Any, x: Tensor) -> list[Tensor]:
+    with model.trace(x):
+        kept = model.layers[-1].output.save()
+    return [kept]
+
+
+def twelve_saves(model: Any, x: Tensor) -> list[Tensor]:
+    with model.trace(x):
+        kept = nnsight.save([layer.output for layer in model.layers])
+    return list(kept)
+
+
+def edits(model: Any, x: Tensor) -> list[Tensor]:
+    with model.trace(x):
+        for layer in model.layers:
+            layer.output[:, 0] = 0
+        out = model.output.save()
+    return [out]
+
+
+def _layers(body: Callable[[Any, Tensor], list[Tensor]], quick: bool) -> Job:
+    model, x = nnsight.NNsight(models.layers()), models.rows()
+    return lambda: body(model, x)
+
+
+# -- language models -----------------------------------------------------------------------------------------
+
+
+def read(model: Any, ids: Tensor, vector: Tensor) -> list[Tensor]:
+    block = model.config.n_layer // 2 - 1
+    with model.trace(ids):
+        hidden = model.transformer.h[block].output.save()
+        last = model.output.logits[:, -1].save()
+    return [hidden, last]
+
+
+def steer(model: Any, ids: Tensor, vector: Tensor) -> list[Tensor]:
+    block = model.config.n_layer // 2 - 1
+    with model.trace(ids):
+        model.transformer.h[block].output += vector
+        last = model.output.logits[:, -1].save()
+    return [last]
+
+
+def only(model: Any, ids: Tensor, vector: Tensor) -> list[Tensor]:
+    block = min(2, model.config.n_layer // 2 - 1)
+    with model.trace(ids) as tracer:
+        hidden = model.transformer.h[block].output.save()
+        tracer.stop()
+    return [hidden]
+
+
+_models: dict[str, Any] = {}
+
+
+def _model(name: str) -> Any:
+    return _models.get(name) or _models.setdefault(name, nnsight.NNsight(models.LANGUAGE[name]()))
+
+
+def _language(name: str, body: Callable[[Any, Tensor, Tensor], list[Tensor]], quick: bool) -> Job:
+    model = _model(name)
+    ids, vector = models.tokens(model, BATCH, LENGTH), models.direction(model)
+    return lambda: body(model, ids, vector)
+
+
+# -- W1 ------------------------------------------------------------------------------------------------------
+
+
+def residual_grid(name: str, quick: bool) -> Job:
+    """A trace for each cell."""
+    model = _model(name)
+    task = grid.Task.of(model, quick)
+    blocks = model.transformer.h
+
+    def job() -> list[Tensor]:
+        with model.trace(task.clean):
+            kept = nnsight.save([blocks[layer].input for layer in range(task.layers)])
+        cells: list[Tensor] = []
+        for layer, position in task.cells():
+            with model.trace(task.corrupted):
+                blocks[layer].input[:, position] = kept[layer][:, position]
+                cells.append(task.metric(model.output.logits).save())
+        return [torch.stack(cells)]
+
+    return job
+
+
+JOBS: Mapping[str, Callable[[bool], Job]] = {
+    "t1 empty trace": partial(_layers, empty),
+    "t1 1 save": partial(_layers, one_save),
+    "t1 12 saves": partial(_layers, twelve_saves),
+    "t1 12 in-place edits": partial(_layers, edits),
+    **{
+        f"{name} {body.__name__}": partial(_language, name, body)
+        for name in models.LANGUAGE
+        for body in (read, steer, only)
+    },
+    **{f"w1 {name}": partial(residual_grid, name) for name in models.LANGUAGE},
+}

@@ -1,0 +1,113 @@
+"""W1: IOI residual patching, layer × position, in its naive form: one forward, or one trace, a cell."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.bench import hooks, models
+from tests.bench.case import CAREFUL, HOOKS, TRACE, Bench, Case, Workload
+from tests.bench.grid import Task, stacked
+from tests.bench.report import Table, paired_table
+from tests.bench.timing import Job
+
+NOTE = (
+    "Every cell has been compared with the naive hooks' first. Careful hooks: one batched forward a "
+    "layer, last logits only."
+)
+
+
+def run(bench: Bench) -> Iterator[Table]:
+    """One row."""
+    rows = bench.compare("w1", _cases(bench.options.quick))
+    title = "W1: residual patching on GPT-2 small, layer × position, 8 prompts × 15 tokens"
+    yield paired_table(title, [(row.name, row.times) for row in rows], HOOKS, NOTE)
+
+
+def _cases(quick: bool) -> Iterator[Case]:
+    from fxsight.model import Model
+
+    name = "toy" if quick else "gpt2"
+    net: Any = models.LANGUAGE[name]()
+    task = Task.of(net, quick)
+    model = Model(net, cache=False)
+    jobs = {HOOKS: naive(net, task), CAREFUL: careful(net, task), TRACE: traced(model, task)}
+    title = f"{task.layers} × {task.length} cells"
+    yield Case(title, jobs, f"w1 {name}", reference=HOOKS, rounds=1, calls=1)
+
+
+def clean_inputs(net: Any, task: Task) -> list[Tensor]:
+    """What each block gets in the clean run."""
+    kept: list[Tensor] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
+        for block in net.transformer.h[: task.layers]
+    ]
+    net(task.clean)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+def naive(net: Any, task: Task) -> Job:
+    def job() -> list[Tensor]:
+        kept = clean_inputs(net, task)
+        return stacked([_cell(net, task, kept[layer], layer, position) for layer, position in task.cells()])
+
+    return job
+
+
+def _cell(net: Any, task: Task, clean: Tensor, layer: int, position: int) -> Tensor:
+    def patch(hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        hidden[:, position] = clean[:, position]
+        return hidden
+
+    with hooks.inputs(net.transformer.h[layer], patch):
+        found: Tensor = task.metric(net(task.corrupted).logits)
+    return found
+
+
+def careful(net: Any, task: Task) -> Job:
+    """All positions of a layer as one batch, ``logits_to_keep=1``."""
+    prompts, times = len(task.corrupted), task.length
+    repeated = task.corrupted.repeat(times, 1)
+    rows = torch.arange(prompts * times)
+    positions = rows // prompts
+
+    def layer_cells(block: Any, clean: Tensor) -> list[Tensor]:
+        def patch(hidden: Tensor) -> Tensor:
+            hidden = hidden.clone()
+            hidden[rows, positions] = clean.repeat(times, 1, 1)[rows, positions]
+            return hidden
+
+        with hooks.inputs(block, patch):
+            found: Tensor = task.metric(net(repeated, logits_to_keep=1).logits)
+        return list(torch.split(found, prompts))
+
+    def job() -> list[Tensor]:
+        kept = clean_inputs(net, task)
+        blocks = net.transformer.h[: task.layers]
+        return stacked([c for b, clean in zip(blocks, kept, strict=True) for c in layer_cells(b, clean)])
+
+    return job
+
+
+def traced(model: Any, task: Task) -> Job:
+    blocks = model.transformer.h
+
+    def job() -> list[Tensor]:
+        with model.trace(task.clean, backend="eager"):
+            kept = [block.input.save() for block in blocks[: task.layers]]
+        cells: list[Tensor] = []
+        for layer, position in task.cells():
+            with model.trace(task.corrupted, backend="eager"):
+                blocks[layer].input[:, position] = kept[layer][:, position]
+                cells.append(task.metric(model.output.logits).save())
+        return stacked(cells)
+
+    return job
+
+
+WORKLOAD = Workload("w1", "IOI residual patching, layer × position, cell by cell (minutes)", run, default=False)
