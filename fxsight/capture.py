@@ -8,7 +8,9 @@ own operators (assertions on sizes, ``no_grad`` regions) is folded into guards a
 from __future__ import annotations
 
 import inspect
+import keyword
 import operator
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -177,7 +179,9 @@ class _Builder:
         self._name_sizes(old)
         env: dict[fx.Node, Any] = {}
         for node, binding, name in self._placeholders(old):
-            env[node] = self._keep(node, self.graph.placeholder(name))
+            place = self.graph.placeholder(name)
+            place.target = place.name  # the name may have been taken: code is generated from the target
+            env[node] = self._keep(node, place)
             env[node].meta["binding"] = binding
         returned = self._copy(self.exported.graph_module, env)
         self.graph.output(tuple(returned))
@@ -208,12 +212,12 @@ class _Builder:
             kind = torch.export.graph_signature.InputKind
             if spec.kind is kind.USER_INPUT:
                 number = next(inputs)
-                yield node, Binding("input", number), paths[number]
+                yield node, Binding("input", number), _identifier(paths[number])
             elif spec.kind in (kind.PARAMETER, kind.BUFFER) or _has(self.module, target):
-                yield node, Binding("weight", target), target.replace(".", "_")
+                yield node, Binding("weight", target), _identifier(target)
             else:
                 self.literals[target] = self.exported.constants[str(spec.target)]
-                yield node, Binding("literal", target), target.replace(".", "_")
+                yield node, Binding("literal", target), _identifier(target)
 
     def _input_leaves(self) -> Iterator[InputLeaf]:
         specs = {
@@ -349,6 +353,12 @@ def _is_assertion(node: fx.Node) -> bool:
 def _is_dead(node: fx.Node) -> bool:
     """Sizes nobody uses go; every operator stays: it can be addressed."""
     return node.op == "call_function" and not isinstance(node.meta.get("spec"), (TensorSpec, tuple)) and not node.users
+
+
+def _identifier(name: str) -> str:
+    """The name as a Python identifier."""
+    plain = re.sub(r"\W", "_", name)
+    return plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"m_{plain}"
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -18,7 +18,8 @@ from fxsight.capture import capture_all
 from fxsight.errors import InputError, TraceError
 from fxsight.intervention import Intervention
 from fxsight.lower import Tier
-from fxsight.pipeline import pipeline_for
+from fxsight.passes.use_known import UseKnown
+from fxsight.pipeline import demand_pipeline, pipeline_for
 from fxsight.program import Program
 from fxsight.run import Executable, weight_fetcher
 from fxsight.sizes import bind_sizes
@@ -106,12 +107,19 @@ class Captures:
     # -- finished programs -------------------------------------------------------------------------------------------
 
     def executable(
-        self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], tier: Tier
+        self,
+        program: Program,
+        asked: Intervention,
+        constants: Sequence[torch.Tensor],
+        tier: Tier,
+        known: UseKnown | None = None,
     ) -> Executable:
         """The finished program of an intervention: woven, run through the pipeline and lowered once.
 
         Raises: CausalityError.
         """
+        if known is not None:  # values of this very trace: nothing to keep
+            return Executable(pipeline_for(asked, known)(program), self.module, constants, tier, dict(asked.sizes))
         key = (id(program), asked.key, tier)
         found = self._executables.get(key)
         if found is None:
@@ -122,6 +130,10 @@ class Captures:
                 self._executables.popitem(last=False)
         self._executables.move_to_end(key)
         return found
+
+    def demanded(self, program: Program, asked: Intervention, known: UseKnown | None) -> Program:
+        """The program of an intervention that needs numbers at once; in-place calls still written as values."""
+        return demand_pipeline(asked, known)(program)
 
     def weight(self, name: str) -> torch.Tensor:
         """A parameter or buffer of the module by name."""

@@ -111,9 +111,23 @@ def find_function(name: str) -> Target:
         rest = name.removeprefix(prefix)
         if rest != name and "." not in rest:
             found: Target | None = getattr(root, rest, None)
-            if found is not None and _is_tensor_function(found):
+            if found is not None and (_is_method(prefix, rest) or _is_tensor_function(found)):
                 return found
     raise TextError(f"no function {name!r}; a program calls aten.*, torch.*, torch.Tensor.* and operator.getitem")
+
+
+def _is_method(prefix: str, name: str) -> bool:
+    """Whether it names a method of tensors: any but those with which Python pickles and inspects objects."""
+    if prefix != "torch.Tensor." or not callable(getattr(torch.Tensor, name, None)):
+        return False
+    return not name.startswith("_") or name.strip("_") in _OPERATORS
+
+
+_OPERATORS = frozenset(
+    "getitem setitem add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv div rdiv idiv floordiv rfloordiv "
+    "ifloordiv mod rmod imod pow rpow ipow matmul rmatmul imatmul neg pos invert abs and rand iand or ror ior xor rxor ixor "
+    "lshift rlshift ilshift rshift rrshift irshift eq ne lt le gt ge iter len".split()
+)
 
 
 def _is_tensor_function(target: Any) -> bool:

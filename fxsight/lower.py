@@ -38,6 +38,17 @@ def eager(program: Program) -> Lowered:
     return forward
 
 
+def keeping(program: Program) -> Callable[..., dict[str, Any]]:
+    """The program as a function that returns every value it computes, by name of the node."""
+    interpreter = fx.Interpreter(_graph_module(program), garbage_collect_values=False)
+
+    def run(*arguments: Any) -> dict[str, Any]:
+        interpreter.run(*arguments)
+        return {node.name: value for node, value in interpreter.env.items()}
+
+    return run
+
+
 def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int]) -> Lowered:
     """The program compiled by Inductor for all sizes it is free in, except ``fixed`` ones.
 

@@ -89,9 +89,7 @@ class Operations:
         known, name = self._names, address.steps[0].name
         if len(address.steps) > 1 or name not in known:
             hint = nearest(name, known)
-            raise UnknownAddress(
-                f"no operation '{address}'; {hint}\n  {NOTHING_CAPTURED}".replace("; \n", "\n")
-            )
+            raise UnknownAddress(f"no operation '{address}'; {hint}\n  {NOTHING_CAPTURED}".replace("; \n", "\n"))
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -205,9 +203,7 @@ class _Port:
     def _open(self, op: Operation) -> Any:
         trace = op.look.trace
         if trace is None:
-            raise TraceError(
-                f"{op.address}:{self._name} has a value only inside a trace: with model.trace(...):"
-            )
+            raise TraceError(f"{op.address}:{self._name} has a value only inside a trace: with model.trace(...):")
         return trace
 
 
@@ -460,9 +456,7 @@ def _wanted_dim(dim: Any) -> Dim | EllipsisType | None:
     raise TypeError
 
 
-def _fits(
-    wanted: Sequence[Dim | EllipsisType | None], shape: Sequence[Dim], sizes: Mapping[str, int]
-) -> bool:
+def _fits(wanted: Sequence[Dim | EllipsisType | None], shape: Sequence[Dim], sizes: Mapping[str, int]) -> bool:
     """Whether a shape is the wanted one."""
     gap = next((i for i, w in enumerate(wanted) if w is ...), None)
     if gap is not None:

@@ -6,16 +6,26 @@ from fxsight.intervention import Intervention
 from fxsight.passes.drop_unused import DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations
+from fxsight.passes.use_known import UseKnown
 from fxsight.passes.weave import Weave
 from fxsight.rewrite import Between, Pipeline
 
 
-def pipeline_for(asked: Intervention, between: Between | None = None) -> Pipeline:
-    """The passes that turn a captured program (fused operators already opened) into the one ``asked`` for."""
+def pipeline_for(asked: Intervention, known: UseKnown | None = None, between: Between | None = None) -> Pipeline:
+    """The passes that turn a captured program (fused operators already opened) into the one ``asked`` for.
+
+    known: what the body has had computed already.
+    """
     return Pipeline(
         Weave(asked),  # first: addresses are those of the captured program
+        *([known] if known is not None else []),  # before anything is dropped that only known values needed
         DropUnused(),  # after it: what is read and saved is known now
         EraseBoundaries(),  # when nothing asks for addresses any more
         ExpandMutations(),  # last: from here on order matters beyond data
         between=between,
     )
+
+
+def demand_pipeline(asked: Intervention, known: UseKnown | None = None) -> Pipeline:
+    """The same up to where a body's in-place calls are still values: what is computed now can be used again."""
+    return Pipeline(Weave(asked), *([known] if known is not None else []), DropUnused())

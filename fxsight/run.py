@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxsight.errors import InputError
-from fxsight.lower import Lowered, Tier, eager, inductor
+from fxsight.lower import Lowered, Tier, eager, inductor, keeping
 from fxsight.node import Fixed
 from fxsight.program import Program
 from fxsight.sizes import bind_sizes
@@ -81,14 +81,21 @@ class Executable:
 
     def run(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> Sequence[Any]:
         """The results, for input leaves that are known to fit."""
-        fetched = iter(self._fetch)
-        arguments = [
-            leaves[key] if kind == "input" else constants[key] if kind == "constant" else next(fetched)()  # type: ignore[index]
-            for kind, key in self._order
-        ]
+        arguments = self._arguments(leaves, constants)
         if self._lowered is None:
             self._lowered = inductor(self.program, arguments, self.fixed)
         return self._lowered(*arguments)
+
+    def run_keeping(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Every value that is computed, by name of its node; in the eager tier."""
+        return keeping(self.program)(*self._arguments(leaves, constants))
+
+    def _arguments(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> list[Any]:
+        fetched = iter(self._fetch)
+        return [
+            leaves[key] if kind == "input" else constants[key] if kind == "constant" else next(fetched)()  # type: ignore[index]
+            for kind, key in self._order
+        ]
 
     def _fetcher(self, kind: str, key: str | int) -> Fetch:
         if kind == "literal":

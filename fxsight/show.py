@@ -105,9 +105,7 @@ class Look:
     def forward(self, path: str) -> Source | None:
         """The source of a module's forward, whether it has run or not; None when it has none in Python."""
         module = self.module(path)
-        source: Source | None = (
-            self.root._captures.reader.of_function(module.forward) if has_forward(module) else None
-        )
+        source: Source | None = self.root._captures.reader.of_function(module.forward) if has_forward(module) else None
         return source
 
     def body(self, address: Address) -> Body:
@@ -223,9 +221,7 @@ def body_text(body: Body, address: Address, program: Program | None, operators: 
 
     operators: with those operators, subscripts and attributes that have a value, too.
     """
-    file = (
-        f"{Libraries().short(body.source.file)}:{body.source.first_line}" if body.source is not None else ""
-    )
+    file = f"{Libraries().short(body.source.file)}:{body.source.first_line}" if body.source is not None else ""
     header = "  ".join(filter(None, (body.title, str(address) or "the root module", file)))
     header = "\n".join(filter(None, (header, body.note)))
     if body.source is None:

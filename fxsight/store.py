@@ -11,6 +11,7 @@ that processes may share a folder; one that cannot be read is removed; a folder 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -83,7 +84,7 @@ class Store:
         except (_Local, FxsightError, TypeError, ValueError):
             return
         if data is not None:
-            self._write(self.folder / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.zip", data)
+            self._write(self.folder / f"{name}-{_digest(data)[:16]}.zip", data)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -98,14 +99,14 @@ class Store:
         except OSError:
             return None  # removed by another process, or not ours to read
         try:
+            if not path.stem.endswith(f"-{_digest(data)[:16]}"):
+                raise ValueError("not the contents it was named for")
             program = decode(data, name)
         except Exception:  # whatever a damaged or foreign file makes zipfile, json, torch or the parser raise
             _remove(path)
             return None
-        try:
+        with contextlib.suppress(OSError):  # a folder that can only be read has no order of use
             os.utime(path)
-        except OSError:
-            pass  # a folder that can only be read: its files are not in order of use
         return program
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -147,6 +148,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FXSIGHT_CACHE_DIR") or platformdirs.user_cache_dir("fxsight", appauthor=False))
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _stat(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
@@ -155,10 +160,8 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
-    except OSError:
-        pass
 
 
 # ------------------------------------------------------------------------------------------------------ one file
@@ -169,7 +172,8 @@ def encode(program: Program, name: str) -> bytes:
 
     Raises: TextError, TypeError, ValueError, or an error of ours, for what cannot be read back.
     """
-    sources = {call.body[0] for call in program.book.calls if call.body and not call.body[0].startswith(_TORCH)}
+    sources = {os.path.abspath(call.body[0]) for call in program.book.calls if call.body}
+    sources = {file for file in sources if not file.startswith(_TORCH)}
     _check_current(program.book, sources)
     _check_own_literals(program)
     entry = {
@@ -214,10 +218,10 @@ def _member(name: str) -> zipfile.ZipInfo:
 
 def _check_own_literals(program: Program) -> None:
     """A literal that was not made by the forward is a tensor someone else holds and may change."""
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.meta["binding"].kind == "literal":
-            if any(user.target is not torch.ops.aten.lift_fresh_copy.default for user in node.users):
-                raise _Local(f"{node.name} is a tensor made outside the forward")
+    literals = [program.nodes[name] for name, binding in program.bindings.items() if binding.kind == "literal"]
+    for node in literals:
+        if any(user.target is not torch.ops.aten.lift_fresh_copy.default for user in node.users):
+            raise _Local(f"{node.name} is a tensor made outside the forward")
 
 
 def _layout(tensor: torch.Tensor) -> dict[str, Any]:
@@ -269,7 +273,7 @@ def identity(module: nn.Module, key: Any, versions: Mapping[str, str]) -> str | 
         parts += [_tensors(module), [_part(part, said) for part in module.modules()], _code(module)]
     except (_Local, RecursionError):
         return None
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+    return _digest(json.dumps(parts).encode())[:40]
 
 
 def library_versions() -> dict[str, str]:
@@ -287,7 +291,7 @@ def library_versions() -> dict[str, str]:
 def _own_code() -> str:
     """Of our own files: an edited checkout has the version it had before."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return _digest(b"".join(file.read_bytes() for file in files))
 
 
 def _tensors(module: nn.Module) -> list[Any]:
@@ -295,7 +299,15 @@ def _tensors(module: nn.Module) -> list[Any]:
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     return [
-        [name, type(t).__name__, str(t.dtype), list(t.shape), list(t.stride()), str(t.device), first.setdefault(id(t), name)]
+        [
+            name,
+            type(t).__name__,
+            str(t.dtype),
+            list(t.shape),
+            list(t.stride()),
+            str(t.device),
+            first.setdefault(id(t), name),
+        ]
         for name, t in named
     ]
 
@@ -367,7 +379,7 @@ class _Words:
             case nn.Module():
                 return self._module(value)
             case torch.Tensor():
-                return [_layout(value), "" if value.is_meta else hashlib.sha256(_bytes(value)).hexdigest()]
+                return [_layout(value), "" if value.is_meta else _digest(_bytes(value))]
             case dict():
                 return [self(type(value)), *([self(key), self(member)] for key, member in value.items())]
             case list():
@@ -401,7 +413,7 @@ class _Words:
 
 def _file_hash(file: str) -> str:
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return _digest(Path(file).read_bytes())
     except OSError:
         raise _Local(f"no file {file}") from None
 
@@ -417,7 +429,7 @@ def _code_hash(code: types.CodeType) -> str:
     """The same in every process, and wherever the code stands in its file."""
     constants = [_constant(value) for value in code.co_consts]
     parts = (code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return _digest(repr(parts).encode())[:16]
 
 
 def _constant(value: Any) -> Any:
@@ -434,7 +446,10 @@ def _check_current(book: Book, sources: set[str]) -> None:
             text = Path(file).read_bytes()
         except OSError:
             raise _Local(f"no file {file}") from None
-        written = {(c.co_name, c.co_firstlineno): _code_hash(c) for c in _nested(compile(text, file, "exec", dont_inherit=True))}
+        written = {
+            (c.co_name, c.co_firstlineno): _code_hash(c)
+            for c in _nested(compile(text, file, "exec", dont_inherit=True))
+        }
         for code in _running(file):
             place = (code.co_name, code.co_firstlineno)
             if place in ran and written.get(place) != _code_hash(code):
@@ -444,11 +459,11 @@ def _check_current(book: Book, sources: set[str]) -> None:
 def _running(file: str) -> Iterator[types.CodeType]:
     """The code of the functions that were imported from a file."""
     for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) == file:
+        if os.path.abspath(getattr(module, "__file__", None) or "") == file:
             members = list(vars(module).values())
             members += [member for value in members if isinstance(value, type) for member in vars(value).values()]
             for code in map(_code_of, members):
-                if code is not None and code.co_filename == file:
+                if code is not None and os.path.abspath(code.co_filename) == file:
                     yield from _nested(code)
 
 

@@ -18,6 +18,7 @@ from fxsight.captures import Captures
 from fxsight.causality import check_causal
 from fxsight.errors import TraceError
 from fxsight.intervention import Intervention
+from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place, Places
 from fxsight.record import Recorder
 from fxsight.run import Executable
@@ -39,7 +40,7 @@ class Tracer:
         self._captures, self._args, self._kwargs = captures, args, dict(kwargs)
         self._backend: Backend = backend
         self._leaves = flatten((args, self._kwargs))[0]
-        self._opened: dict[str, None] = {}
+        self._known: dict[str, torch.Tensor] = {}
         self._executable: Executable | None = None
 
     # -- the block ---------------------------------------------------------------------------------------------------
@@ -115,8 +116,10 @@ class Tracer:
 
     def _finish(self) -> None:
         asked, saved = self._recorder.finish()
-        self._executable = self._captures.executable(self._captured, asked, self._recorder.constants, self._tier())
-        results = list(self._executable.run(self._leaves, self._recorder.constants))
+        self._executable = self._captures.executable(
+            self._captured, asked, self._recorder.constants, self._tier(), self._use_known()
+        )
+        results = list(self._executable.run(self._leaves, [*self._recorder.constants, *self._known.values()]))
         self._fill(saved, results)
         for (number, _), value in zip(asked.updates, results[len(results) - len(asked.updates) :], strict=True):
             with torch.no_grad():
@@ -139,8 +142,20 @@ class Tracer:
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
         """The numbers of some nodes, now."""
         asked: Intervention = self._recorder.intervention((self._recorder.save_of(nodes),))
-        executable = self._captures.executable(self._captured, asked, self._recorder.constants, "eager")
-        return list(executable.run(self._leaves, self._recorder.constants))[: len(nodes)]
+        constants = self._recorder.constants
+        known = self._use_known()
+        program = self._captures.demanded(self._captured, asked, known)
+        executable = Executable(program, self._captures.module, constants, "eager", {})
+        values = executable.run_keeping(self._leaves, [*constants, *self._known.values()])
+        results = [values[node.name] for node in program.results[: len(nodes)]]
+        for name, mark in fingerprints(program.graph, known).items():
+            if isinstance(values.get(name), torch.Tensor):
+                self._known.setdefault(mark, values[name])
+        return results
+
+    def _use_known(self) -> UseKnown | None:
+        """What has been computed for this body already, as constants after its own."""
+        return UseKnown(tuple(self._known), len(self._recorder.constants)) if self._known else None
 
 
 class At:
