@@ -20,7 +20,9 @@ from fxsight.intervention import Intervention
 from fxsight.lower import Tier
 from fxsight.passes.use_known import UseKnown
 from fxsight.pipeline import demand_pipeline, pipeline_for
+from fxsight.place import Places
 from fxsight.program import Program
+from fxsight.progress import Progress
 from fxsight.run import Executable, weight_fetcher
 from fxsight.sizes import bind_sizes
 from fxsight.source import SourceReader
@@ -47,7 +49,7 @@ class Captures:
         self._store = store
         self._programs: dict[Any, list[Program]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
-        self._weights: dict[int, str] = {}
+        self._places: dict[int, Places] = {}
 
     # -- the open trace ----------------------------------------------------------------------------------------------
 
@@ -98,7 +100,8 @@ class Captures:
         return None
 
     def _capture(self, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Program]:
-        programs = capture_all(self.module, args, kwargs, self.reader)
+        with Progress(f"capturing {type(self.module).__name__}") as progress:
+            programs = capture_all(self.module, args, kwargs, self.reader, progress)
         self.made += 1
         for program in programs if self._store is not None else ():
             self._store.keep(self.module, key, program)  # type: ignore[union-attr]
@@ -129,6 +132,13 @@ class Captures:
             if len(self._executables) > KEPT:
                 self._executables.popitem(last=False)
         self._executables.move_to_end(key)
+        return found
+
+    def places(self, program: Program) -> Places:
+        """The places of one of these programs."""
+        found = self._places.get(id(program))
+        if found is None:
+            found = self._places[id(program)] = Places(program, self.reader)
         return found
 
     def demanded(self, program: Program, asked: Intervention, known: UseKnown | None) -> Program:

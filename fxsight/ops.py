@@ -23,7 +23,7 @@ from fxsight.address import Address
 from fxsight.book import Call, Ref, Structure
 from fxsight.errors import AddressError, InputError, NotExecuted, TraceError, UnknownAddress, nearest
 from fxsight.node import origin_of
-from fxsight.place import Place
+from fxsight.place import Place, Places
 from fxsight.program import Program
 from fxsight.show import (
     NOTHING_CAPTURED,
@@ -135,27 +135,28 @@ class Operations:
         Raises: TypeError without any criterion, or for one that is none of these; TraceError before a capture.
         """
         query = _Query.of(name, target, shape, module_class)
-        program = self._look.places(self.address).program
+        calls, program = self._calls(recursive)
         made = _operators_made(program)
-        calls = [c for c in self._calls(program, recursive) if query.matches(c, self._look, program, made)]
-        parents = [program.book.calls[c.parent or 0] for c in calls]
-        steps = [program.book.address(p).step(c.name, c.n) for p, c in zip(parents, calls, strict=True)]
+        found = [c for c in calls if query.matches(c, self._look, program, made)]
+        parents = [program.book.calls[c.parent or 0] for c in found]
+        steps = [program.book.address(p).step(c.name, c.n) for p, c in zip(parents, found, strict=True)]
         return [Operation(self._look, address) for address in steps]
 
-    def _calls(self, program: Program, recursive: bool) -> list[Call]:
+    def _calls(self, recursive: bool) -> tuple[list[Call], Program]:
         """The calls in this body; for a module without a forward (``ModuleList``), those of its modules."""
+        body = self._look.body(self.address)
+        program = body.program or self._look.places(Address("")).program
         book, path = program.book, f"{self.address.module}."
-        try:
-            call = self._look.find(self.address).call
-        except NotExecuted:
-            parts = [c for c in book.modules.values() if c.module.startswith(path)]
-            if self.address.steps or not parts:
-                raise
-            top = [c for c in parts if not book.calls[c.parent or 0].module.startswith(path)]
-            return [below for c in top for below in (book.within(c) if recursive else (c,))]
-        if call is None:
-            return []
-        return list(book.within(call))[1:] if recursive else list(book.children(call))
+        if body.call is not None:
+            below = list(book.within(body.call))[1:]
+            return below if recursive else list(book.children(body.call)), program
+        if self.address.steps:
+            return [], program
+        parts = [c for c in book.modules.values() if c.module.startswith(path)]
+        top = [c for c in parts if not book.calls[c.parent or 0].module.startswith(path)]
+        if not top:
+            self._look.find(self.address)  # says that the module is not called
+        return [c for t in top for c in (book.within(t) if recursive else (t,))], program
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -164,8 +165,8 @@ class Operations:
 
         operators: with infix operators and subscripts that have a value, too.
         """
-        body, places = self._look.body(self.address), self._look.captured
-        text = body_text(body, self.address, None if places is None else places.program, operators)
+        body = self._look.body(self.address)
+        text = body_text(body, self.address, operators)
         if body.source is not None:
             return text
         reason = empty_text(body, self._look.module(self.address.module))
@@ -312,9 +313,18 @@ class Operation:
             "inputs": args if kwargs == "{}" else f"{args} {kwargs}",
             "output": self.type,
             "runs": f"{self.count} times" if self.count > 1 else "",
-            "opens to": ", ".join(op.name for op in self.ops),
+            **self._parts_of_it(),
         }
         return operation_text(self.address, facts, self._window())
+
+    def _parts_of_it(self) -> Mapping[str, str]:
+        """What it opens to; of a torch call, what it became, since opening one takes a second."""
+        place = self._place
+        if place.call is None:
+            return {}
+        if place.call.kind == "torch" and place.call.body is None:
+            return {"operators": ", ".join(self._places.node_places(place.call))}
+        return {"opens to": ", ".join(op.name for op in self.ops)}
 
     def _window(self) -> str:
         """The lines around it; of an operator, its line of the program."""
@@ -327,11 +337,15 @@ class Operation:
 
     @property
     def _place(self) -> Place:
-        return self.look.find(self.address)
+        return self._places.find(self.address)
+
+    @property
+    def _places(self) -> Places:
+        return self.look.places(self.address)
 
     @property
     def _program(self) -> Program:
-        return self.look.places(self.address).program
+        return self._places.program
 
     @property
     def _maker(self) -> Call | None:

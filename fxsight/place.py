@@ -20,6 +20,7 @@ from fxsight.errors import NotExecuted, UnknownAddress, nearest
 from fxsight.node import binding_of, origin_of
 from fxsight.program import Program
 from fxsight.source import Source, SourceReader
+from fxsight.spec import TensorSpec
 from fxsight.targets import target_name
 from fxsight.tree import LEAF, Tree
 
@@ -88,9 +89,23 @@ def locations(place: Place, port: str) -> tuple[Structure, tuple[Location | None
 class Places:
     """All places of one program, by address."""
 
-    def __init__(self, program: Program, reader: SourceReader, class_name: str = "") -> None:
+    def __init__(self, program: Program, reader: SourceReader) -> None:
         self.program = program
         self.reader = reader
+        self._found: dict[Address, Place] = {}
+        self._located: dict[tuple[str, str], tuple[Structure, tuple[Location | None, ...]]] = {}
+        self._specs: dict[tuple[tuple[str, int], ...], dict[str, TensorSpec]] = {}
+
+    def locations(self, place: Place, port: str) -> tuple[Structure, tuple[Location | None, ...]]:
+        """``locations`` of a place of this program; remembered."""
+        found = self._located.get((place.key, port))
+        if found is None:
+            found = self._located[place.key, port] = locations(place, port)
+        return found
+
+    def specs(self, sizes: Mapping[str, int]) -> dict[str, TensorSpec]:
+        """A table for the specs of the program's nodes at these sizes; filled by those who need them."""
+        return self._specs.setdefault(tuple(sizes.items()), {})
 
     def find(self, address: Address) -> Place:
         """The place an address names.
@@ -98,6 +113,12 @@ class Places:
         Raises: UnknownAddress with the nearest names; NotExecuted where the source has it but this forward does not
         run it.
         """
+        known = self._found.get(address)
+        if known is None:
+            known = self._found[address] = self._find(address)
+        return known
+
+    def _find(self, address: Address) -> Place:
         call = self._module(address)
         for depth, step in enumerate(address.steps):
             below = self.program.book.child(call, step.name, step.n)

@@ -24,7 +24,7 @@ from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
 from fxsight.mutate import SELF, ViewStep, mutate
 from fxsight.node import Fixed, Origin
-from fxsight.place import Location
+from fxsight.place import Location, Places
 from fxsight.program import Program
 from fxsight.spec import TensorSpec, spec_of
 from fxsight.targets import argument_text, find_target, target_name
@@ -82,13 +82,14 @@ class Recorder:
 
     def __init__(
         self,
-        program: Program,
+        places: Places,
         sizes: Mapping[str, int],
         weights: Mapping[int, str],
         demand: Demand,
         lookup: Callable[[str], torch.Tensor],
     ) -> None:
-        self.program, self.sizes, self.lookup = program, sizes, lookup
+        self.places, self.program, self.sizes, self.lookup = places, places.program, sizes, lookup
+        self._specs = places.specs(sizes)
         self.graph = fx.Graph()
         self.mode = fake_mode()
         self.constants: list[torch.Tensor] = []
@@ -109,24 +110,20 @@ class Recorder:
     def read(self, location: Location) -> Value:
         """The present value at a location: a snapshot of its own, and a handle for in-place edits."""
         state = self._state(location)
-        cell = Cell(
-            self,
-            self._fresh(location),
-            state.node,
-            str(location.address),
-            user_line(),
-            handles=[(state, state.version)],
-        )
-        return Value.of(cell)
+        what, spec = location.address, self.spec(location)
+        return Value.of(Cell(self, spec, state.node, what, user_line(), handles=[(state, state.version)]))
 
     def spec(self, location: Location) -> TensorSpec:
         """Dtype, shape (numbers) and strides of a location for the present inputs."""
-        spec = self.program.nodes[location.node].meta["spec"]
-        assert isinstance(spec, TensorSpec)
-        return spec.at(self.sizes)
+        found = self._specs.get(location.node)
+        if found is None:
+            spec = self.program.nodes[location.node].meta["spec"]
+            assert isinstance(spec, TensorSpec)
+            found = self._specs[location.node] = spec.at(self.sizes)
+        return found
 
-    def _fresh(self, location: Location) -> torch.Tensor:
-        spec = self.spec(location)
+    def fake(self, spec: TensorSpec) -> torch.Tensor:
+        """A tensor without data, in memory of its own."""
         with self.mode:
             return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)  # type: ignore[arg-type]
 
@@ -239,13 +236,16 @@ class Recorder:
             raise TraceError(".grad of a traced value: gradients inside a trace are not supported yet")
         if name == "shape":
             self._look(args)
-        return getattr(args[0].cell.fake, name)
+        spec = args[0].cell.spec
+        if name == "shape":
+            return torch.Size(spec.shape)
+        return spec.dtype if name == "dtype" else getattr(args[0].cell.fake, name)
 
     def _look(self, args: Any) -> None:
         """A body that looks at a free size holds for that size alone."""
         free = {size.name for size in self.program.sizes}
         for value in values_in(args):
-            self._looked |= free if any(n in self.sizes.values() for n in value.cell.fake.shape) else set()
+            self._looked |= free if any(n in self.sizes.values() for n in value.cell.spec.shape) else set()
 
     def _operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         leaves, tree = flatten((args, kwargs))
@@ -275,14 +275,12 @@ class Recorder:
 
     def _constant_value(self, tensor: torch.Tensor) -> Value:
         return Value.of(
-            Cell(
-                self,
-                self._fake_of(tensor),
-                self._argument(tensor),
-                "a value computed inside the body",
-                user_line(),
-            )
+            self._fresh_cell(self._fake_of(tensor), self._argument(tensor), "a value computed inside the body")
         )
+
+    def _fresh_cell(self, fake: torch.Tensor, node: fx.Node, what: str) -> Cell:
+        spec = TensorSpec(fake.dtype, tuple(fake.shape), tuple(fake.stride()), str(fake.device))
+        return Cell(self, spec, node, what, user_line(), known_fake=fake)
 
     def _add(self, func: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
         try:
@@ -320,8 +318,10 @@ class Recorder:
                 filled = [SELF if i == number else self._argument(x) for i, x in enumerate(leaves)]
                 args, kwargs = tree.build(filled)
                 step = (target_name(func), tuple(args), dict(kwargs), tuple(path))
-                return Cell(self, fake, node, what, user_line(), leaf.cell, step, seen=leaf.cell.root.version)
-        return Cell(self, fake, node, what, user_line())
+                cell = self._fresh_cell(fake, node, what)
+                cell.base, cell.step, cell.seen = leaf.cell, step, leaf.cell.root.version
+                return cell
+        return self._fresh_cell(fake, node, what)
 
     # -- in-place calls ----------------------------------------------------------------------------------------------
 
@@ -373,7 +373,7 @@ class Recorder:
         """A plain tensor of the user's changed in place by a value: updated after the run."""
         node = self._argument(tensor)
         number = int(str(node.name).rpartition("_")[2])
-        cell = Cell(self, self._fake_of(tensor), self._updates.get(number, node), "a tensor of yours", user_line())
+        cell = self._fresh_cell(self._fake_of(tensor), self._updates.get(number, node), "a tensor of yours")
         cell.handles.append((_Update(number), 0))
         return cell
 

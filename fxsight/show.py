@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,9 @@ from torch import nn
 
 from fxsight.address import Address
 from fxsight.book import Call, Const, Leaf, Opaque, Ref, SizeRef, Structure, Weight
-from fxsight.errors import NotExecuted, TraceError
+from fxsight.errors import NotExecuted, TraceError, UnknownAddress
 from fxsight.node import Binding
+from fxsight.passes.open_fused import open_above, open_place
 from fxsight.place import Place, Places
 from fxsight.program import Program
 from fxsight.provenance import Libraries
@@ -44,7 +45,8 @@ class Body:
     """What is known of one body.
 
     names: of its operations, in the order of the source.  calls: by name, in the order of execution.
-    ran: as in ``Call``.  note: why there are no values.  is_torch: whether its operations are operators.
+    ran: as in ``Call``.  note: why there are no values.  program, call: where they are from, if it has run; no call
+    for an operator.
     """
 
     title: str
@@ -53,14 +55,26 @@ class Body:
     calls: Mapping[str, Sequence[Call]] = field(default_factory=dict[str, Sequence[Call]])
     ran: tuple[str, ...] = ()
     note: str = ""
-    is_torch: bool = False
+    program: Program | None = None
+    call: Call | None = None
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether its operations, if there are any, are operators of the graph."""
+        return self.source is None and self.program is not None and (self.call is None or self.call.kind == "torch")
 
 
 @dataclass(frozen=True)
 class Look:
-    """A look at a model at this moment: at the program of the open trace, else at the one asked for last."""
+    """A look at a model at this moment: at the program of the open trace, else at the one asked for last.
+
+    Looking opens fused operators in copies of its own: nothing that runs changes by it.
+    """
 
     root: Model
+    _opened: dict[tuple[int, Address], tuple[Places, Places]] = field(
+        default_factory=dict[tuple[int, Address], tuple[Places, Places]], compare=False, repr=False
+    )
 
     @property
     def trace(self) -> Any:
@@ -77,25 +91,45 @@ class Look:
         """The places of the program; None while nothing has been captured."""
         captures, trace = self.root._captures, self.trace
         program: Program | None = captures.latest if trace is None else trace._captured
-        return None if program is None else Places(program, captures.reader)
+        places: Places | None = None if program is None else captures.places(program)
+        return places
 
     def places(self, address: Address) -> Places:
-        """The same.
+        """The places of the program, with the fused operators above an address opened.
 
-        Raises: TraceError while nothing has been captured.
+        Raises: UnknownAddress, NotExecuted for operations; TraceError while nothing has been captured.
         """
         places = self.captured
         if places is None:
             raise TraceError(f"{address}: {NOTHING_CAPTURED}")
+        try:
+            if address.steps:
+                places.find(address)
+        except (UnknownAddress, NotExecuted):
+            if len(address.steps) < 2:
+                raise
+            return self._open(places, address.parent, lambda p: open_above(p, address, places.reader))
         return places
 
     def find(self, address: Address) -> Place:
         """The place of an address.
 
-        Raises: UnknownAddress, NotExecuted; TraceError while nothing has been captured.
+        Raises: as ``places``, and NotExecuted for modules.
         """
-        found: Place = self.places(address).find(address) if self.trace is None else self.trace.place(address)
-        return found
+        return self.places(address).find(address)
+
+    def inside(self, address: Address, places: Places) -> Places:
+        """The places of the program in which the torch call at an address is opened; as before if it cannot be."""
+        try:
+            return self._open(places, address, lambda p: open_place(p, address, places.reader))
+        except UnknownAddress:
+            return places
+
+    def _open(self, places: Places, address: Address, opened: Callable[[Program], Program]) -> Places:
+        key = (id(places.program), address)
+        if key not in self._opened:  # with the places, so that the id stays theirs
+            self._opened[key] = places, Places(opened(places.program), places.reader)
+        return self._opened[key][1]
 
     def module(self, path: str) -> nn.Module:
         """A module of the model."""
@@ -113,20 +147,17 @@ class Look:
 
         Raises: UnknownAddress, NotExecuted, but for modules, of which the source is there in any case.
         """
-        places = self.captured
-        if places is None:
+        if self.captured is None:
             return self._unknown(address, NOTHING_CAPTURED)
+        places = self.places(address)
         try:
-            place = self.find(address)
+            call = places.find(address).call
         except NotExecuted as error:
-            if address.steps:
-                raise
             return self._unknown(address, str(error))
-        if place.call is None:
-            return Body(address.steps[-1].name, None, (), is_torch=True)
-        if place.call.kind == "torch":
-            return Body(place.call.title, None, tuple(places.node_places(place.call)), is_torch=True)
-        return _body(place.call, places)
+        if call is not None and call.kind == "torch" and call.body is None:
+            places = self.inside(address, places)
+            call = places.find(address).call
+        return _body(call, places) if call is not None else Body(str(address), None, (), program=places.program)
 
     def _unknown(self, address: Address, reason: str) -> Body:
         module, source = self.module(address.module), self.forward(address.module)
@@ -135,14 +166,16 @@ class Look:
 
 
 def _body(call: Call, places: Places) -> Body:
-    """That of a module or function that has run."""
-    source = places.source(call)
+    """That of a call that was made."""
+    source, program = places.source(call), places.program
+    if source is None and call.kind == "torch":
+        return Body(call.title, None, tuple(places.node_places(call)), program=program, call=call)
     calls: dict[str, list[Call]] = {}
-    for child in places.program.book.children(call):
+    for child in program.book.children(call):
         calls.setdefault(child.name, []).append(child)
     order = {} if source is None else {name: number for number, name in enumerate(source.names())}
     names = tuple(sorted(calls, key=lambda name: order.get(name, len(order))))
-    return Body(call.title, source, names, calls, call.ran)
+    return Body(call.title, source, names, calls, call.ran, "", program, call)
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -216,7 +249,7 @@ def _structured(tree: Tree, leaves: Iterator[str]) -> str:
 # -- pages ---------------------------------------------------------------------------------------------------
 
 
-def body_text(body: Body, address: Address, program: Program | None, operators: bool) -> Text:
+def body_text(body: Body, address: Address, operators: bool) -> Text:
     """A body with its operations beside their lines; without a source, the first line alone.
 
     operators: with those operators, subscripts and attributes that have a value, too.
@@ -226,9 +259,10 @@ def body_text(body: Body, address: Address, program: Program | None, operators: 
     header = "\n".join(filter(None, (header, body.note)))
     if body.source is None:
         return Text(header)
-    sites = {site.name: site for site in body.source.sites}
-    if program is None or body.note:
+    program = body.program
+    if program is None:
         return Text(f"{header}\n\n{body.source.render()}")
+    sites = {site.name: site for site in body.source.sites}
     notes = {name: _site_note(site, body, program) for name, site in sites.items()}
     notes = {name: note for name, note in notes.items() if note}
     shown = tuple(s for s in body.source.sites if s.kind == "call" or (operators and s.name in notes))
@@ -256,7 +290,7 @@ def _note(calls: Sequence[Call], program: Program) -> str:
 def empty_text(body: Body, module: nn.Module) -> str:
     """Why there is no source, in words."""
     if body.is_torch:
-        return "became these operators:" if body.names else "an operator of the graph: there is nothing in it"
+        return "made of these operators:" if body.names else "an operator of the graph: there is nothing in it"
     if has_forward(module):
         return "its forward has no source in Python to read: it is compiled, generated, or from exec"
     names = [f"[{name}].ops" if name.isdigit() else f".{name}.ops" for name, _ in module.named_children()]

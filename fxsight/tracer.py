@@ -19,7 +19,7 @@ from fxsight.causality import check_causal
 from fxsight.errors import TraceError
 from fxsight.intervention import Intervention
 from fxsight.passes.use_known import UseKnown, fingerprints
-from fxsight.place import Location, Place, Places
+from fxsight.place import Location, Place
 from fxsight.record import Recorder
 from fxsight.run import Executable
 from fxsight.tree import flatten
@@ -48,8 +48,8 @@ class Tracer:
     def __enter__(self) -> Tracer:
         self._captured, self._sizes = self._captures.find(self._args, self._kwargs)
         weights = self._captures.weight_names()
-        self._recorder = Recorder(self._captured, self._sizes, weights, self._demand, self._captures.weight)
-        self._places = Places(self._captured, self._captures.reader)
+        self._places = self._captures.places(self._captured)
+        self._recorder = Recorder(self._places, self._sizes, weights, self._demand, self._captures.weight)
         self._captures.enter(self)
         return self
 

@@ -16,6 +16,7 @@ from torch import fx
 from fxsight import _torch
 from fxsight.errors import NotSavedError, TraceError
 from fxsight.mutate import ViewStep
+from fxsight.spec import TensorSpec
 from fxsight.tree import flatten
 
 
@@ -30,6 +31,10 @@ class Recording(Protocol):
         """Mark a structured value as saved."""
         ...
 
+    def fake(self, spec: TensorSpec) -> torch.Tensor:
+        """A tensor without data, in memory of its own."""
+        ...
+
     @property
     def is_open(self) -> bool:
         """Whether the block is still being written."""
@@ -40,21 +45,30 @@ class Recording(Protocol):
 class Cell:
     """What stands behind one ``Value``.
 
-    fake: shape, dtype, strides, memory.  node: the value in the intervention's graph.  what, line: for messages.
+    spec: dtype, shape, strides and device, in numbers.  fake: the same as a tensor without data, made when a torch call
+    needs it; values that share memory have fakes that do.  node: the value in the intervention's graph.  what, line: for messages.
     base, step: of a view, what it is a view of and how.  version: how often the memory was changed in place, at the
     base; ``seen`` the version that ``node`` belongs to.  handles: locations that an in-place change of it edits.
     """
 
     recorder: Recording
-    fake: torch.Tensor
+    spec: TensorSpec
     node: fx.Node
-    what: str
+    what: object
     line: str
     base: Cell | None = None
     step: ViewStep | None = None
     version: int = 0
     seen: int = 0
     handles: list[Any] = field(default_factory=list[Any])
+    known_fake: torch.Tensor | None = None
+
+    @property
+    def fake(self) -> torch.Tensor:
+        """The value as a tensor without data."""
+        if self.known_fake is None:
+            self.known_fake = self.recorder.fake(self.spec)
+        return self.known_fake
 
     @property
     def root(self) -> Cell:
@@ -73,9 +87,9 @@ class Value(torch.Tensor):
     @staticmethod
     def of(cell: Cell) -> Value:
         """The value with the node and shape of ``cell``."""
-        fake = cell.fake
+        spec = cell.spec
         made: Value = torch.Tensor._make_wrapper_subclass(
-            Value, fake.shape, strides=fake.stride(), dtype=fake.dtype, device=fake.device
+            Value, spec.shape, strides=spec.stride, dtype=spec.dtype, device=spec.device
         )
         made.cell = cell
         return made
@@ -89,7 +103,7 @@ class Value(torch.Tensor):
                 raise not_saved(value.cell)
         if len({id(value.cell.recorder) for value in values}) > 1:
             raise TraceError(
-                f"values of two traces in one call: {', '.join(v.cell.what for v in values)}; save the first and use it after its block"
+                f"values of two traces in one call: {', '.join(str(v.cell.what) for v in values)}; save the first and use it after its block"
             )
         return values[0].cell.recorder.call(func, args, kwargs)
 
@@ -115,13 +129,13 @@ class Value(torch.Tensor):
 def not_saved(cell: Cell) -> NotSavedError:
     """The error for a value used after its block."""
     return NotSavedError(
-        f"Accessing value before it's been set. {cell.what} ({_kind(cell.fake)}), made at {cell.line}, was not saved: "
+        f"Accessing value before it's been set. {cell.what} ({_kind(cell.spec)}), made at {cell.line}, was not saved: "
         "write .save() where it is made"
     )
 
 
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+def _kind(spec: TensorSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')}{list(spec.shape)}"
 
 
 def values_in(value: Any) -> Iterator[Value]:

@@ -9,7 +9,7 @@ import torch
 
 from fxsight.book import Const, Leaf, SizeRef, Structure, Weight
 from fxsight.errors import WriteError
-from fxsight.place import Location, Place, locations
+from fxsight.place import Location, Place
 from fxsight.record import Recorder
 from fxsight.spec import TensorSpec, number, parse_dims
 from fxsight.tree import Tree, flatten
@@ -20,7 +20,7 @@ Writer = Callable[[Location, Any], None]
 
 def present(recorder: Recorder, place: Place, port: str, write: Writer) -> Any:
     """What a body sees at a port: values, in the model's structure; assigning a member of a tuple writes it."""
-    structure, found = locations(place, port)
+    structure, found = recorder.places.locations(place, port)
     leaves = [_leaf(recorder, leaf, location, place) for leaf, location in zip(structure.leaves, found, strict=True)]
     return _build(recorder, structure.tree, leaves, list(found), place, write)
 
@@ -76,7 +76,7 @@ def check_write(recorder: Recorder, place: Place, port: str, value: Any) -> Iter
 
     Raises: WriteError showing both sides where structure, shape, dtype or device differ.
     """
-    structure, found = locations(place, port)
+    structure, found = recorder.places.locations(place, port)
     leaves, tree = flatten(value)
     address = place.address.at(port)
     if not any(found):
@@ -144,8 +144,7 @@ def _expanded(recorder: Recorder, location: Location, leaf: torch.Tensor, spec: 
 
 def _describe(leaf: Any) -> str:
     if isinstance(leaf, Value):
-        fake = leaf.cell.fake
-        return f"{TensorSpec(fake.dtype, tuple(fake.shape), ())} on {fake.device}"
+        return f"{leaf.cell.spec} on {leaf.cell.spec.device}"
     if isinstance(leaf, torch.Tensor):
         return f"{TensorSpec(leaf.dtype, tuple(leaf.shape), ())} on {leaf.device}"
     return f"a {type(leaf).__name__}"

@@ -220,7 +220,7 @@ def _parts(recipe: _Recipe) -> _Parts:
     except Exception as error:  # whatever torch raises while it decomposes becomes one error
         raise UnknownAddress(f"{name} cannot be opened: {error}") from error
     made = [n.target for n in graph.nodes if n.op not in ("placeholder", "output") and n.target not in _PLAIN]
-    if made == [recipe.target] or any(n.op == "get_attr" for n in graph.nodes):
+    if len(made) < 2 or any(n.op == "get_attr" for n in graph.nodes):
         raise UnknownAddress(f"{name} cannot be opened: it is not made of other operators")
     return _Parts(graph, tuple(scribe.calls) if scribe else (), shapes.names, shapes.storages)
 
@@ -236,17 +236,27 @@ def _trace(recipe: _Recipe, shapes: _Shapes, scribe: Scribe | None) -> fx.Graph:
 
     def call(*values: Any) -> Any:
         given = dict(zip(node.all_input_nodes, values, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+        args, kwargs = _plain((node.args, node.kwargs), given)
         with nullcontext() if scribe is None else scribe.watching():
             return function(*args, **kwargs)
 
-    known = torch.export.default_decompositions() if scribe is None else {}
+    known: Mapping[Any, Any] = torch.export.default_decompositions() if scribe is None else {}
     table = {recipe.target: known[recipe.target]} if recipe.target in known else {}
     with torch.no_grad(), _torch.honest_sizes():
         traced = make_fx(call, table, tracing_mode="symbolic", pre_dispatch=scribe is not None)(*shapes.values)
     graph: fx.Graph = traced.graph
     graph.eliminate_dead_code(lambda n: n.op != "call_function" or not isinstance(n.meta.get("val"), torch.SymInt))
     return graph
+
+
+def _plain(value: Any, given: Mapping[fx.Node, Any]) -> Any:
+    """Arguments as Python's own lists and dicts, with values for nodes."""
+    if isinstance(value, fx.Node):
+        return given[value]
+    if isinstance(value, (tuple, list)):
+        members = [_plain(v, given) for v in value]
+        return tuple(members) if isinstance(value, tuple) else members
+    return {k: _plain(v, given) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 class _Shapes:
@@ -321,8 +331,8 @@ class _Splice:
             self._known(place, node)
         for number, node in enumerate(n for n in self.parts.graph.nodes if n.op == "call_function"):
             self._copy(node, number + 1)
-        results = flatten(self.parts.graph.output_node().args[0])[0]
-        self._return([self.made[r] if isinstance(r, fx.Node) else None for r in results])
+        returned = _plain(self.parts.graph.output_node().args[0], self.made)
+        self._return([r if isinstance(r, fx.Node) else None for r in flatten(returned)[0]])
         if self.call is not None and self.parts.calls:
             self._extend_book(self.call)
         self.editor.touched = True

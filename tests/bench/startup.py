@@ -19,7 +19,8 @@ COLUMNS = ["", "import", "first call", "second call", "peak memory"]
 def _capture(bench: Bench) -> Iterator[Table]:
     options, python = bench.options, Path(sys.executable)
     found: dict[str, list[Numbers]] = {}
-    for number in range(1 if options.quick else 3):
+    starts = 1 if options.quick else 3
+    for number in range(starts):
         with TemporaryDirectory(prefix="fxsight-bench-") as folder:
             tasks = [
                 ("bare module", "bare", python),
@@ -31,10 +32,8 @@ def _capture(bench: Bench) -> Iterator[Table]:
             for title, task, interpreter in tasks:
                 say(f"capture: {title}, start {number + 1}")
                 found.setdefault(title, []).append(_start(interpreter, task, options, folder))
-    yield Table(f"First call in a fresh process, {_named(options)}", COLUMNS, _rows(found), CAPTURE_NOTE)
-
-
-CAPTURE_NOTE = "Medians of three starts. Import: of the tool, after torch and transformers. The call reads one block."
+    note = f"Medians of {starts} start(s). Import: the tool, after torch and transformers. The call reads one block."
+    yield Table(f"First call in a fresh process, {_named(options)}", COLUMNS, _rows(found), note)
 
 
 def _compilation(bench: Bench) -> Iterator[Table]:
