@@ -232,6 +232,7 @@ class _Builder:
 
     def _name_sizes(self, graph: fx.Graph) -> None:
         """``batch`` and ``length`` for the first two dimensions, then the input's name and the dimension."""
+        self.names.update(self._settled_sizes())
         inputs = {s.arg.name for s in self.exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
         for node in graph.nodes:
             if node.name in inputs and isinstance(node.meta.get("val"), torch.Tensor):
@@ -240,25 +241,35 @@ class _Builder:
                     if expr.is_Symbol and expr not in self.names:
                         self.names[expr] = symbol(self._size_name(dim))
 
+    def _settled_sizes(self) -> Mapping[Any, Any]:
+        """Symbols that the model's code has pinned to a number."""
+        env = self._shape_env()
+        if env is None:
+            return {}
+        pinned = {s: e for s, e in env.replacements.items() if e.is_Integer}
+        equal = [g.expr for g in env.guards if isinstance(g.expr, sympy.Eq)]
+        pinned.update({e.lhs: e.rhs for e in equal if e.lhs.is_Symbol and e.rhs.is_Integer})
+        return pinned
+
+    def _shape_env(self) -> Any:
+        tensors = (n.meta.get("val") for n in self.exported.graph.nodes)
+        return _torch.shape_env(next((t for t in tensors if isinstance(t, torch.Tensor)), None))
+
     def _size_name(self, dim: int) -> str:
         plain = ("batch", "length", "height", "width")
-        taken = {s.name for s in self.names.values()}
+        taken = {str(s) for s in self.names.values()}
         name = plain[dim] if dim < len(plain) else f"size_{dim}"
         return name if name not in taken else next(f"{name}_{i}" for i in range(2, 1000) if f"{name}_{i}" not in taken)
 
     def _sizes(self) -> Iterator[Size]:
-        for old, new in self.names.items():
+        for old, new in [(old, new) for old, new in self.names.items() if new.is_Symbol]:
             bounds = self.exported.range_constraints.get(old)
             low = int(bounds.lower) if bounds is not None and bounds.lower.is_finite else 0
             finite = bounds is not None and bounds.upper.is_Integer and bounds.upper < 2**62
             yield Size(new.name, max(low, 0), int(bounds.upper) if finite and bounds is not None else None)
 
     def _guards(self) -> Iterator[Any]:
-        value = next(
-            (n.meta["val"] for n in self.exported.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)),
-            None,
-        )
-        env = _torch.shape_env(value)
+        env = self._shape_env()
         seen: set[Any] = set()
         for guard in () if env is None else env.guards:
             expr = guard.expr.xreplace(self.names)

@@ -14,10 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fxsight.address import Address
 from fxsight.capture import capture_all
 from fxsight.errors import InputError, TraceError
 from fxsight.intervention import Intervention
 from fxsight.lower import Tier
+from fxsight.passes.open_fused import open_above
 from fxsight.passes.use_known import UseKnown
 from fxsight.pipeline import demand_pipeline, pipeline_for
 from fxsight.place import Places
@@ -50,6 +52,7 @@ class Captures:
         self._programs: dict[Any, list[Program]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._places: dict[int, Places] = {}
+        self._opened: dict[tuple[int, Address], tuple[Program, Program]] = {}
 
     # -- the open trace ----------------------------------------------------------------------------------------------
 
@@ -133,6 +136,16 @@ class Captures:
                 self._executables.popitem(last=False)
         self._executables.move_to_end(key)
         return found
+
+    def opened(self, program: Program, address: Address) -> Program:
+        """The program with what is fused above the address opened; remembered.
+
+        Raises: UnknownAddress, NotExecuted.
+        """
+        key = (id(program), address.place)
+        if key not in self._opened:
+            self._opened[key] = (program, open_above(program, address, self.reader))
+        return self._opened[key][1]
 
     def places(self, program: Program) -> Places:
         """The places of one of these programs."""

@@ -86,20 +86,19 @@ class Operations:
 
     def _check_source(self, address: Address) -> None:
         """While nothing has been captured, the source says which names there are."""
-        known, name = self._names, address.steps[0].name
+        known, name = self._names(), address.steps[0].name
         if len(address.steps) > 1 or name not in known:
             hint = nearest(name, known)
             raise UnknownAddress(f"no operation '{address}'; {hint}\n  {NOTHING_CAPTURED}".replace("; \n", "\n"))
 
-    @property
     def _names(self) -> tuple[str, ...]:
         return self._look.body(self.address).names
 
     def __iter__(self) -> Iterator[Operation]:
-        return iter([Operation(self._look, self.address.step(name)) for name in self._names])
+        return iter([Operation(self._look, self.address.step(name)) for name in self._names()])
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._names())
 
     def __contains__(self, name: str) -> bool:
         try:
@@ -109,7 +108,7 @@ class Operations:
         return True
 
     def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *self._names})
+        return sorted({*object.__dir__(self), *self._names()})
 
     # -- many ------------------------------------------------------------------------------------------------
 
@@ -170,12 +169,12 @@ class Operations:
         if body.source is not None:
             return text
         reason = empty_text(body, self._look.module(self.address.module))
-        return Text("\n".join([text, reason, *(["", self.table()] if body.names else [])]))
+        return Text("\n".join([text, reason, *([self.table()] if body.names else [])]))
 
     def table(self) -> Text:
         """The operations: name, line, what is called, type of the output."""
         if self._look.captured is None:
-            return table_text(_COLUMNS, [(name, "", "", "") for name in self._names])
+            return table_text(_COLUMNS, [(name, "", "", "") for name in self._names()])
         return table_text(_COLUMNS, [(op.name, op.line, op.target, op.type) for op in self])
 
     def __str__(self) -> str:

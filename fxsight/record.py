@@ -113,6 +113,10 @@ class Recorder:
         what, spec = location.address, self.spec(location)
         return Value.of(Cell(self, spec, state.node, what, user_line(), handles=[(state, state.version)]))
 
+    def move(self, places: Places) -> None:
+        """Go on over another program of the same model: one in which something has been opened."""
+        self.places, self.program, self._specs = places, places.program, places.specs(self.sizes)
+
     def spec(self, location: Location) -> TensorSpec:
         """Dtype, shape (numbers) and strides of a location for the present inputs."""
         found = self._specs.get(location.node)

@@ -261,15 +261,15 @@ def body_text(body: Body, address: Address, operators: bool) -> Text:
         return Text(header)
     program = body.program
     if program is None:
-        return Text(f"{header}\n\n{body.source.render()}")
+        return Text(f"{header}\n{body.source.render()}")
     sites = {site.name: site for site in body.source.sites}
     notes = {name: _site_note(site, body, program) for name, site in sites.items()}
     notes = {name: note for name, note in notes.items() if note}
     shown = tuple(s for s in body.source.sites if s.kind == "call" or (operators and s.name in notes))
     text = replace(body.source, sites=shown).render(notes, operators=operators)
     rest = [f"{name}    # {_note(calls, program)}" for name, calls in body.calls.items() if name not in sites]
-    more = ["", "made by attributes and constructors that the source uses:", *rest] if rest else []
-    return Text("\n".join([header, "", text, *more]))
+    more = ["made by attributes and constructors that the source uses:", *rest] if rest else []
+    return Text("\n".join([header, text, *more]))
 
 
 def _site_note(site: Site, body: Body, program: Program) -> str:

@@ -16,7 +16,7 @@ from torch import fx
 from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.causality import check_causal
-from fxsight.errors import TraceError
+from fxsight.errors import TraceError, UnknownAddress
 from fxsight.intervention import Intervention
 from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place
@@ -86,7 +86,20 @@ class Tracer:
 
         Raises: UnknownAddress, NotExecuted.
         """
-        return self._places.find(address)
+        try:
+            return self._places.find(address)
+        except UnknownAddress:
+            self._open(address)
+            return self._places.find(address)
+
+    def _open(self, address: Address) -> None:
+        """Go on with the program in which what is fused above the address is opened.
+
+        Raises: UnknownAddress when opening does not help.
+        """
+        self._captured = self._captures.opened(self._captured, address)
+        self._places = self._captures.places(self._captured)
+        self._recorder.move(self._places)
 
     def at(self, address: str | Address) -> At:
         """The place of an address, with ``output``, ``input`` and ``inputs`` to read and write."""

@@ -321,7 +321,7 @@ class _Splice:
         self.made: dict[fx.Node, fx.Node] = {}
         self.by_tag: dict[int, fx.Node] = {}
         clock = [self._tag(n)[0] for n in parts.graph.nodes] + [c.end for c in parts.calls]
-        self._ticks = max(clock, default=0) + 4  # the last ones for the layout of the result
+        self._ticks = max(*clock, len(parts.graph.nodes)) + 4  # the last ones for the layout of the result
         self._begin = self._time_before()
 
     def splice(self) -> None:

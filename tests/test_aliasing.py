@@ -127,7 +127,7 @@ def _view_of_view(tensor: Any) -> None:
 def _two_views(tensor: Any) -> None:
     left, right = tensor[..., :2], tensor[..., 1:3]
     left.mul_(2)
-    right.add_(left)
+    right.add_(left.clone())
 
 
 def _view_after_base(tensor: Any) -> None:
@@ -192,9 +192,9 @@ EDITS: Mapping[str, Change] = {
     "two overlapping views": _two_views,
     "a view after its base": _view_after_base,
     "masked_fill_": lambda x: x.masked_fill_(x < 0, 0.5),
-    "index_add_": lambda x: x.index_add_(1, torch.tensor([0, 0]), x[:, :2]),
+    "index_add_": lambda x: x.index_add_(1, torch.tensor([0, 0]), x[:, :2].clone()),
     "scatter_": lambda x: x.scatter_(1, torch.zeros(2, 1, 2, dtype=torch.long), 1.0),
-    "index_copy_": lambda x: x.index_copy_(1, torch.tensor([1]), x[:, :1]),
+    "index_copy_": lambda x: x.index_copy_(1, torch.tensor([1]), x[:, :1].clone()),
     "index_put_": lambda x: x.index_put_((torch.tensor([0]), torch.tensor([1])), torch.tensor(2.0)),
     "clamp_": lambda x: x.clamp_(min=0),
     "lerp_": lambda x: x.lerp_(x.flip(1), 0.5),
@@ -240,6 +240,10 @@ def _hooked(path: str, port: Port, edit: Change, watch: bool) -> list[Tensor]:
     return [out, *reads[:-1]]
 
 
+def _said(result: list[Tensor] | Exception) -> str:
+    return repr(result) if isinstance(result, Exception) else "values"
+
+
 def _difference(path: str, port: Port, edit: Change, watch: bool) -> str:
     """What is wrong, or nothing."""
     try:
@@ -251,14 +255,432 @@ def _difference(path: str, port: Port, edit: Change, watch: bool) -> str:
     except Exception as error:
         found = error
     if isinstance(expected, Exception) or isinstance(found, Exception):
-        return "" if type(expected) is type(found) else f"{expected!r:.100}, and here {found!r:.300}"
+        both = isinstance(expected, Exception) and isinstance(found, Exception)
+        return "" if both else f"with hooks {_said(expected)}, and here {_said(found)}"
     wrong = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not torch.equal(a, b)]
     return f"differs at {wrong}" if wrong else ""
 
 
+def _check(path: str, port: Port, watch: bool, names: list[str]) -> None:
+    wrong = {name: found for name in names if (found := _difference(path, port, EDITS[name], watch))}
+    assert not wrong, "\n".join(f"{name}: {found}" for name, found in wrong.items())
+
+
+@pytest.mark.parametrize("number, location", enumerate(LOCATIONS))
+def test_edits_equal_hooks(number: int, location: tuple[str, Port]) -> None:
+    """Every edit somewhere, and everywhere some edits."""
+    _check(*location, False, list(EDITS)[number % 7 :: 7])
+    _check(*location, True, list(EDITS)[number % 17 :: 17])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("watch", [False, True])
 @pytest.mark.parametrize("path, port", LOCATIONS)
-def test_edits_equal_hooks(path: str, port: Port, watch: bool) -> None:
-    edits = list(EDITS.items())[:: 5 if watch else 1]
-    wrong = {name: difference for name, edit in edits if (difference := _difference(path, port, edit, watch))}
-    assert not wrong, "\n".join(f"{name}: {difference}" for name, difference in wrong.items())
+def test_all_edits_everywhere_equal_hooks(path: str, port: Port, watch: bool) -> None:
+    _check(path, port, watch, list(EDITS))
+
+
+# ------------------------------------------------------------------------------------------------- views by name
+
+
+def test_expanded_memory_refuses_edits_as_torch_does() -> None:
+    """Several elements at one place in memory: torch's own error, at the user's line."""
+    x = torch.zeros(2, 5, WIDTH)
+    with pytest.raises(RuntimeError) as torch_says:
+        x[:, :1].expand(-1, 5, -1).mul_(2)
+    with pytest.raises(RuntimeError) as caught, _trace():
+        _model().first.output[:, :1].expand(-1, 5, -1).mul_(2)
+    assert str(caught.value) == str(torch_says.value)
+
+
+def _trace() -> Any:
+    return _model().trace(_x(), backend="eager")
+
+
+def _reference(*steps: Edit | Read) -> tuple[Tensor, list[Tensor]]:
+    out, reads = run(_net(), (_x(),), {}, steps)
+    return out, reads
+
+
+def test_tuple_members_are_edited_in_place() -> None:
+    with torch.no_grad(), _trace():
+        _model().blocks[0].attn.output[0][:, 0] = 0
+        _model().blocks[1].attn.output[0].mul_(2)
+        out = _model().output.save()
+    expected, _ = _reference(
+        Edit("blocks.0.attn", "output", "inplace", lambda x: _set(x, (slice(None), 0), 0)),
+        Edit("blocks.1.attn", "output", "inplace", lambda x: _imul(x, 2)),
+    )
+    assert torch.equal(out, expected)
+
+
+def test_tuple_members_are_assigned() -> None:
+    with torch.no_grad(), _trace():
+        _model().blocks[0].attn.output[0] = _model().blocks[0].attn.output[0] * 2
+        _model().blocks[1].attn.output[0] += 1
+        _model().blocks[1].attn.output[1] = 0
+        pattern = _model().blocks[1].attn.output[1].save()
+        out = _model().output.save()
+    expected, _ = _reference(
+        Edit("blocks.0.attn", "output", "assign", lambda x: x * 2),
+        Edit("blocks.1.attn", "output", "assign", lambda x: x + 1),
+    )
+    assert torch.equal(out, expected) and torch.equal(pattern, torch.zeros(2, 5, 5))
+
+
+def test_a_whole_tuple_is_assigned() -> None:
+    with torch.no_grad(), _trace():
+        value, pattern = _model().blocks[0].attn.output
+        _model().blocks[0].attn.output = (value * 2, pattern)
+        out = _model().output.save()
+    assert torch.equal(out, _reference(Edit("blocks.0.attn", "output", "assign", lambda x: x * 2))[0])
+
+
+# --------------------------------------------------------------------------------------------- residual aliases
+
+
+def test_an_in_place_edit_of_a_norm_s_input_reaches_the_residual_stream() -> None:
+    with torch.no_grad(), _trace():
+        _model().blocks[0].ln2.input.mul_(2)
+        out = _model().output.save()
+    assert torch.equal(out, _reference(Edit("blocks.0.ln2", "input", "inplace", lambda x: _imul(x, 2)))[0])
+
+
+def test_an_assignment_to_a_norm_s_input_does_not() -> None:
+    with torch.no_grad(), _trace():
+        _model().blocks[0].ln2.input = _model().blocks[0].ln2.input * 2
+        out = _model().output.save()
+    expected, _ = _reference(Edit("blocks.0.ln2", "input", "assign", lambda x: x * 2))
+    in_place, _ = _reference(Edit("blocks.0.ln2", "input", "inplace", lambda x: _imul(x, 2)))
+    assert torch.equal(out, expected) and not torch.equal(out, in_place)
+
+
+def test_augmented_assignment_is_an_in_place_edit() -> None:
+    """``x.input *= 2`` reads, changes in place and writes the very same value back."""
+    with torch.no_grad(), _trace():
+        _model().blocks[0].ln2.input *= 2
+        out = _model().output.save()
+    assert torch.equal(out, _reference(Edit("blocks.0.ln2", "input", "inplace", lambda x: _imul(x, 2)))[0])
+
+
+def test_a_module_that_returns_its_input() -> None:
+    """What goes in and what comes out is one tensor: an edit of the one is seen in the other, if it comes later."""
+    with torch.no_grad(), _trace():
+        _model().blocks[0].keep.output[:, 0] = 0
+        before, after = _model().blocks[0].keep.input.save(), _model().blocks[0].up.input.save()
+        _model().blocks[1].keep.input[:, 0] = 0
+        seen = _model().blocks[1].keep.output.save()
+        out = _model().output.save()
+    zero = lambda x: _set(x, (slice(None), 0), 0)  # noqa: E731
+    expected, reads = _reference(
+        Read("blocks.0.keep", "input"),
+        Edit("blocks.0.keep", "output", "inplace", zero),
+        Read("blocks.0.up", "input"),
+        Edit("blocks.1.keep", "input", "inplace", zero),
+        Read("blocks.1.keep", "output"),
+    )
+    assert all(torch.equal(a, b) for a, b in zip((before, after, seen, out), (*reads, expected), strict=True))
+
+
+def test_the_model_s_own_in_place_operators_do_not_reach_what_was_read() -> None:
+    """``act`` changes its input in memory, and ``x += mlp`` the residual stream."""
+    with torch.no_grad(), _trace():
+        raw = _model().blocks[0].act.input.save()
+        view = _model().blocks[0].act.input[:, 0].save()
+        residual = _model().blocks[0].ln2.input.save()
+        out = _model().blocks[0].output.save()
+    expected, reads = _reference(
+        Read("blocks.0.act", "input"), Read("blocks.0.ln2", "input"), Read("blocks.0", "output")
+    )
+    assert torch.equal(raw, reads[0]) and (raw < 0).any() and torch.equal(view, reads[0][:, 0])
+    assert torch.equal(residual, reads[1]) and torch.equal(out, reads[2])
+
+
+# ------------------------------------------------------------------------------------------------------ snapshots
+
+
+def test_a_read_keeps_the_numbers_it_had() -> None:
+    with torch.no_grad(), _trace():
+        before = _model().first.output.save()
+        view = before[:, 0].save()
+        cloned = _model().first.output.clone().save()
+        _model().first.output[:, 0] = 0
+        middle = _model().first.output.save()
+        _model().first.output.add_(1)
+        after = _model().first.output.save()
+    expected = _net().first(_x())
+    zeroed = expected.clone()
+    zeroed[:, 0] = 0
+    assert torch.equal(before, expected) and torch.equal(cloned, expected) and torch.equal(view, expected[:, 0])
+    assert torch.equal(middle, zeroed) and torch.equal(after, zeroed + 1)
+
+
+def test_the_handle_that_is_edited_has_the_new_numbers() -> None:
+    with torch.no_grad(), _trace():
+        handle = _model().first.output
+        view = handle[:, 0]
+        view.zero_()
+        handle.add_(1)
+        handle.save(), view.save()
+    expected = _net().first(_x()).detach()
+    expected[:, 0] = 0
+    assert torch.equal(handle, expected + 1) and torch.equal(view, torch.ones(2, WIDTH))
+
+
+def test_two_handles_of_one_location() -> None:
+    """Both are reads of before; the first edit makes the other stale, which a later edit of it says."""
+    with torch.no_grad(), _trace():
+        one, two = _model().first.output, _model().first.output
+        one[:, 0] = 0
+        with pytest.warns(LostEditWarning):
+            two[:, 1] = 0
+        now = _model().first.output.save()
+        two.save()
+    expected = _net().first(_x()).detach()
+    lost, kept = expected.clone(), expected.clone()
+    lost[:, 1], kept[:, 0] = 0, 0
+    assert torch.equal(now, kept) and torch.equal(two, lost)
+
+
+def test_saved_views_do_not_share_memory_with_each_other() -> None:
+    with torch.no_grad(), _trace():
+        whole, part = _model().first.output.save(), _model().first.output[:, 0].save()
+    part.zero_()
+    assert torch.equal(whole, _net().first(_x()))
+
+
+# ------------------------------------------------------------------------------------- assignment, then in place
+
+
+def test_assignment_then_in_place() -> None:
+    with torch.no_grad(), _trace():
+        _model().blocks[0].output = _model().blocks[0].output * 2
+        _model().blocks[0].output[:, 0] = 0
+        out = _model().output.save()
+    expected, _ = _reference(
+        Edit("blocks.0", "output", "assign", lambda x: x * 2),
+        Edit("blocks.0", "output", "inplace", lambda x: _set(x, (slice(None), 0), 0)),
+    )
+    assert torch.equal(out, expected)
+
+
+def test_in_place_then_assignment() -> None:
+    with torch.no_grad(), _trace():
+        _model().blocks[0].ln2.input[:, 0] = 0
+        _model().blocks[0].ln2.input = _model().blocks[0].ln2.input * 2
+        out = _model().output.save()
+    expected, _ = _reference(
+        Edit("blocks.0.ln2", "input", "inplace", lambda x: _set(x, (slice(None), 0), 0)),
+        Edit("blocks.0.ln2", "input", "assign", lambda x: x * 2),
+    )
+    assert torch.equal(out, expected)
+
+
+def test_assignment_between_in_place_edits() -> None:
+    with torch.no_grad(), _trace():
+        _model().blocks[0].ln2.input.add_(1)
+        _model().blocks[0].ln2.input = _model().blocks[0].ln2.input * 2
+        _model().blocks[0].ln2.input.sub_(3)
+        out = _model().output.save()
+    expected, _ = _reference(
+        Edit("blocks.0.ln2", "input", "inplace", lambda x: x.add_(1)),
+        Edit("blocks.0.ln2", "input", "assign", lambda x: x * 2),
+        Edit("blocks.0.ln2", "input", "inplace", lambda x: x.sub_(3)),
+    )
+    assert torch.equal(out, expected)
+
+
+def test_editing_the_value_that_was_assigned() -> None:
+    """The location holds the value from then on: editing the value edits the location, as a tensor would."""
+    with torch.no_grad(), _trace():
+        value = _model().first.output * 2
+        _model().blocks[0].output = value
+        value[:, 0] = 0
+        there = _model().blocks[0].output.save()
+        out = _model().output.save()
+    new = _net().first(_x()).detach() * 2
+    new[:, 0] = 0
+    expected, _ = _reference(Edit("blocks.0", "output", "assign", lambda _: new))
+    assert torch.equal(there, new) and torch.equal(out, expected)
+
+
+def test_a_value_assigned_to_two_places_then_edited() -> None:
+    with torch.no_grad(), _trace():
+        value = _model().first.output * 2
+        _model().blocks[0].attn.output[0] = value
+        _model().blocks[1].down.output = value
+        value[:, 0] = 0
+        seen = _model().blocks[0].attn.output[0].save(), _model().blocks[1].down.output.save()
+        out = _model().output.save()
+    new = _net().first(_x()).detach() * 2
+    new[:, 0] = 0
+    edits = [Edit(path, "output", "assign", lambda _: new) for path in ("blocks.0.attn", "blocks.1.down")]
+    assert torch.equal(out, _reference(*edits)[0]) and all(torch.equal(new, s) for s in seen)
+
+
+def test_editing_one_of_two_places_that_hold_the_same_value() -> None:
+    """An assignment is about this location only: an edit there does not reach the other."""
+    with torch.no_grad(), _trace():
+        value = _model().first.output * 2
+        _model().blocks[0].attn.output[0] = value
+        _model().blocks[1].down.output = value
+        _model().blocks[1].down.output[:, 0] = 0
+        kept = value.save()
+        out = _model().output.save()
+    new = _net().first(_x()).detach() * 2
+    edited = new.clone()
+    edited[:, 0] = 0
+    expected, _ = _reference(
+        Edit("blocks.0.attn", "output", "assign", lambda _: new),
+        Edit("blocks.1.down", "output", "assign", lambda _: edited),
+    )
+    assert torch.equal(out, expected) and torch.equal(kept, new)
+
+
+def test_the_value_of_a_location_assigned_to_another_and_edited_there() -> None:
+    with torch.no_grad(), _trace():
+        _model().blocks[1].down.output = _model().blocks[0].down.output
+        _model().blocks[1].down.output[:, 0] = 0
+        first = _model().blocks[0].down.output.save()
+        out = _model().output.save()
+    _, (there,) = _reference(Read("blocks.0.down", "output"))
+    edited = there.clone()
+    edited[:, 0] = 0
+    assert torch.equal(out, _reference(Edit("blocks.1.down", "output", "assign", lambda _: edited))[0])
+    assert torch.equal(first, there)
+
+
+def test_a_value_that_a_model_s_in_place_operator_meets_is_kept() -> None:
+    """``act`` is ReLU in place: it changes what is assigned to its input, not the user's value."""
+    with torch.no_grad(), _trace():
+        value = (_model().blocks[0].up.output - 1).save()
+        _model().blocks[0].act.input = value
+        out = _model().output.save()
+    assert (value < 0).any()
+    assert torch.equal(out, _reference(Edit("blocks.0.act", "input", "assign", lambda x: x - 1))[0])
+
+
+# ------------------------------------------------------------------------------------- tensors of the user's
+
+
+def test_writing_a_value_into_a_tensor_of_the_user() -> None:
+    buffer, grown = torch.zeros(3, 2, 5, WIDTH), torch.ones(2, 5, WIDTH)
+    with torch.no_grad(), _trace():
+        buffer[0] = _model().first.output
+        buffer[2].copy_(_model().blocks[0].output)
+        grown += _model().first.output
+    _, (first, block) = _reference(Read("first", "output"), Read("blocks.0", "output"))
+    assert torch.equal(buffer, torch.stack([first, torch.zeros_like(first), block]))
+    assert torch.equal(grown, 1 + first) and type(grown) is Tensor
+
+
+def test_a_tensor_of_the_user_read_after_a_value_was_written_into_it() -> None:
+    buffer = torch.zeros(2, 5, WIDTH)
+    with torch.no_grad(), _trace():
+        buffer[:, 0] = _model().first.output[:, 0]
+        doubled = (_model().first.output * 0 + buffer * 2).save()
+    expected = torch.zeros(2, 5, WIDTH)
+    expected[:, 0] = _net().first(_x())[:, 0]
+    assert torch.equal(buffer, expected) and torch.equal(doubled, expected * 2)
+
+
+def test_constants_are_not_changed_by_the_model() -> None:
+    mine, row = torch.randn(2, 5, 16), torch.randn(WIDTH)
+    copies = mine.clone(), row.clone()
+    with torch.no_grad(), _trace():
+        _model().blocks[0].act.input = mine
+        _model().blocks[1].input = row
+        _model().blocks[1].input.mul_(2)
+        out = _model().output.save()
+    expected, _ = _reference(
+        Edit("blocks.0.act", "input", "assign", lambda _: mine.clone()),
+        Edit("blocks.1", "input", "assign", lambda x: row.expand_as(x).clone()),
+        Edit("blocks.1", "input", "inplace", lambda x: _imul(x, 2)),
+    )
+    assert torch.equal(out, expected) and torch.equal(mine, copies[0]) and torch.equal(row, copies[1])
+
+
+def test_a_saved_constant_is_a_copy() -> None:
+    mine = torch.zeros(2, 5, WIDTH)
+    with torch.no_grad(), _trace():
+        _model().first.output = mine
+        kept = _model().first.output.save()
+    kept.add_(1)
+    assert torch.equal(mine, torch.zeros(2, 5, WIDTH))
+
+
+def test_inputs_and_weights_are_not_changed_by_edits() -> None:
+    x = _x()
+    weights = {name: tensor.clone() for name, tensor in _net().state_dict().items()}
+    with torch.no_grad(), _model().trace(x, backend="eager"):
+        _model().input.zero_()
+        _model().first.input.add_(1)
+        _model().head.input[:] = 3
+        given = _model().input.save()
+        _model().output.save()
+    assert torch.equal(x, _x()) and torch.equal(given, torch.zeros_like(x))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in _net().state_dict().items())
+
+
+def test_an_edit_of_the_model_s_input_is_seen_by_the_model() -> None:
+    with torch.no_grad(), _trace():
+        _model().input[:, 0] = 0
+        out = _model().output.save()
+    x = _x()
+    x[:, 0] = 0
+    assert torch.equal(out, _net()(x))
+
+
+def test_an_edit_of_a_copy_has_no_effect() -> None:
+    with warnings.catch_warnings(), torch.no_grad(), _trace():
+        warnings.simplefilter("ignore", LostEditWarning)
+        _model().first.output.clone().zero_()
+        out = _model().output.save()
+    assert torch.equal(out, _net()(_x()))
+
+
+def test_an_edit_of_a_copy_that_nothing_reads_warns() -> None:
+    with pytest.warns(LostEditWarning), _trace():
+        _model().first.output.clone()[:] = 0
+
+
+def test_an_edit_of_a_view_that_was_taken_before_an_assignment_warns() -> None:
+    with pytest.warns(LostEditWarning), _trace():
+        view = _model().first.output[:, 0]
+        _model().first.output = _model().first.output * 2
+        view.zero_()
+
+
+def test_out_arguments_write_where_they_point() -> None:
+    with torch.no_grad(), _trace():
+        value = _model().first.output
+        torch.mul(value[:, 1], 2, out=value[:, 0])
+        other = (_model().first.output * 0).save()
+        torch.neg(value, out=other)
+        now = _model().first.output.save()
+    expected = _net().first(_x()).detach()
+    expected[:, 0] = expected[:, 1] * 2
+    assert torch.equal(now, expected) and torch.equal(other, -expected)
+
+
+def test_in_place_functions_on_lists_of_values() -> None:
+    with torch.no_grad(), _trace():
+        torch._foreach_mul_([_model().first.output, _model().blocks[0].output], 2)
+        out = _model().output.save()
+    expected, _ = _reference(
+        Edit("first", "output", "inplace", lambda x: _imul(x, 2)),
+        Edit("blocks.0", "output", "inplace", lambda x: _imul(x, 2)),
+    )
+    assert torch.equal(out, expected)
+
+
+def test_calls_of_one_module_are_edited_apart() -> None:
+    with torch.no_grad(), _trace():
+        _model().twice.output[:, 0] = 0
+        _model().twice.call(1).output.mul_(2)
+        out = _model().output.save()
+    expected, _ = _reference(
+        Edit("twice", "output", "inplace", lambda x: _set(x, (slice(None), 0), 0)),
+        Edit(calls("twice", 1), "output", "inplace", lambda x: _imul(x, 2)),
+    )
+    assert torch.equal(out, expected)

@@ -30,6 +30,7 @@ class Options:
 
     quick: the smallest sizes, few rounds.  compiled: ``torch.compile`` of the bare module, too.
     nnsight: whether it takes part.  rounds: instead of each case's own number.
+    cpu_time: the time of the process instead of the clock's.
     """
 
     quick: bool = False
@@ -37,6 +38,7 @@ class Options:
     nnsight: bool = True
     rounds: int | None = None
     threads: int = 1
+    cpu_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Bench:
 
     def _row(self, title: str, case: Case) -> Row:
         say(title)
-        clocks: dict[str, Clock] = {name: Local(job) for name, job in case.jobs.items()}
+        clocks: dict[str, Clock] = {name: Local(job, self.options.cpu_time) for name, job in case.jobs.items()}
         if case.remote and self.worker is not None:
             clocks[NNSIGHT] = Remote(self.worker, case.remote)
         differences = self._check(title, case, clocks)

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = _parser().parse_args(arguments)
     known = {workload.name: workload for workload in WORKLOADS}
     wanted = [known[name] for name in asked.names] or [w for w in WORKLOADS if w.default]
-    options = Options(asked.quick, asked.compile, not asked.no_nnsight, asked.rounds, asked.threads)
+    options = Options(asked.quick, asked.compile, not asked.no_nnsight, asked.rounds, asked.threads, asked.cpu_time)
     torch.set_num_threads(options.threads)
     console = Console(width=None if Console().is_terminal else 190)
     with ExitStack() as stack:
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     if asked.json:
         _dump(bench, asked.json)
     if asked.write:
-        _write(pages, bench, " ".join(arguments))
+        flags = [a for a in arguments if a in ("--quick", "--compile", "--cpu-time", "--no-nnsight")]
+        _write(pages, bench, flags)
     return 0
 
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-nnsight", action="store_true", help="without nnsight")
     add("--rounds", type=int, help="paired rounds for each case")
     add("--threads", type=int, default=1, help="threads for torch (default 1: the machine may be shared)")
+    add("--cpu-time", action="store_true", help="time of the process, not of the clock: for a busy machine")
     add("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     add("--json", type=Path, help="a file for every time of every round")
     return parser
@@ -75,7 +77,7 @@ def _worker(options: Options, stack: ExitStack) -> Worker | None:
     if not NNSIGHT_PYTHON.exists():
         say("nnsight is left out: .venv-nnsight is not there; sh .ci/bench makes it")
         return None
-    return stack.enter_context(Worker(NNSIGHT_PYTHON, options.threads, options.quick))
+    return stack.enter_context(Worker(NNSIGHT_PYTHON, options.threads, options.quick, options.cpu_time))
 
 
 def _show(workload: Workload, bench: Bench, console: Console) -> list[Table]:
@@ -87,12 +89,14 @@ def _show(workload: Workload, bench: Bench, console: Console) -> list[Table]:
     return tables
 
 
-def _write(pages: Sequence[tuple[Workload, Sequence[Table]]], bench: Bench, arguments: str) -> None:
+def _write(pages: Sequence[tuple[Workload, Sequence[Table]]], bench: Bench, flags: Sequence[str]) -> None:
     """Exchange each measured workload's part of the page; the words around it stay."""
     nnsight = bench.worker.about["nnsight"] if bench.worker else ""
-    head = f"{machine(nnsight)} {bench.options.threads} thread(s): `sh .ci/bench {arguments}`"
+    threads = f"{bench.options.threads} thread{'s' * (bench.options.threads > 1)}"
     page = PAGE.read_text()
     for workload, tables in pages:
+        command = " ".join(["sh .ci/bench", workload.name, *flags])
+        head = f"{machine(nnsight)} Torch on {threads}. `{command}`"
         page = replace_between(page, workload.name, "\n".join([head, "", *(table.markdown() for table in tables)]))
     PAGE.write_text(page)
 

@@ -20,9 +20,10 @@ class Worker:
     Raises: RuntimeError when it ends or answers with an error.
     """
 
-    def __init__(self, python: Path, threads: int, quick: bool) -> None:
+    def __init__(self, python: Path, threads: int, quick: bool, cpu: bool) -> None:
         self._folder = TemporaryDirectory(prefix="fxsight-bench-")
-        command = [str(python), "-m", "tests.bench.worker", self._folder.name, str(threads), str(int(quick))]
+        settings = [str(threads), str(int(quick)), str(int(cpu))]
+        command = [str(python), "-m", "tests.bench.worker", self._folder.name, *settings]
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment(threads), text=True, stdin=-1, stdout=-1)
         self.about: dict[str, str] = self.ask(do="about")
 

@@ -45,10 +45,9 @@ def _compilation(bench: Bench) -> Iterator[Table]:
     tasks += [("torch.compile of the bare module, cold", "compile")] * options.compiled
     found: dict[str, list[Numbers]] = {}
     with TemporaryDirectory(prefix="fxsight-bench-") as folder:
-        for number, (title, task) in enumerate(tasks):
+        for title, task in tasks:
             say(f"compile: {title}")
-            cache = f"{folder}/{min(number, 1) if task == 'inductor' and number > 1 else task}"
-            found[title] = [_start(Path(sys.executable), task, options, cache)]
+            found[title] = [_start(Path(sys.executable), task, options, f"{folder}/{task}")]
     yield Table(f"Compiling {_named(options)}", COLUMNS, _rows(found), COMPILE_NOTE)
 
 
@@ -62,7 +61,10 @@ def _named(options: Options) -> str:
 def _start(python: Path, task: str, options: Options, cache: str) -> Numbers:
     """One process; raises CalledProcessError, showing its messages, when it fails."""
     more = {"FXSIGHT_CACHE_DIR": f"{cache}/fxsight", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
-    command = [str(python), "-m", "tests.bench.fresh", task, "toy" if options.quick else "gpt2"]
+    if options.cpu_time:
+        more["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool, whose processes outlive the measurement
+    settings = [task, "toy" if options.quick else "gpt2", "cpu" if options.cpu_time else "wall"]
+    command = [str(python), "-m", "tests.bench.fresh", *settings]
     env = environment(options.threads, **more)
     done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=-1, text=True)
     numbers: Numbers = json.loads(done.stdout.splitlines()[-1])

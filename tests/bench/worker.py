@@ -18,14 +18,17 @@ from tests.bench.timing import Local
 class Answers:
     """Jobs made when first asked for, and kept."""
 
-    def __init__(self, folder: Path, quick: bool) -> None:
-        self._folder, self._quick = folder, quick
+    def __init__(self, folder: Path, quick: bool, cpu: bool) -> None:
+        self._folder, self._quick, self._cpu = folder, quick, cpu
         self._clocks: dict[str, Local] = {}
+
+    def _make(self, job: str) -> Local:
+        return self._clocks.setdefault(job, Local(JOBS[job](self._quick), self._cpu))
 
     def answer(self, do: str, job: str = "", calls: int = 1) -> Any:
         if do == "about":
             return {"nnsight": version(), "torch": torch.__version__}
-        clock = self._clocks.get(job) or self._clocks.setdefault(job, Local(JOBS[job](self._quick)))
+        clock = self._clocks.get(job) or self._make(job)
         if do == "time":
             return clock.time(calls)
         path = self._folder / f"{len(self._clocks)}.pt"
@@ -34,10 +37,10 @@ class Answers:
 
 
 def main() -> None:
-    folder, threads, quick = sys.argv[1:]
+    folder, threads, quick, cpu = sys.argv[1:]
     torch.set_num_threads(int(threads))
     out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is not an answer
-    answers = Answers(Path(folder), quick == "1")
+    answers = Answers(Path(folder), quick == "1", cpu == "1")
     for line in sys.stdin:
         try:
             reply = {"answer": answers.answer(**json.loads(line))}
