@@ -170,7 +170,7 @@ class _Builder:
         self.storages: dict[int, str] = {}
         self.by_time: dict[int, str] = {}
         self.lines = {c.id: c.line for c in flat.scribe.calls}
-        self.last = Origin()
+        self.last = Origin(0, 0)  # what export adds in front belongs to the root
         self.libraries = Libraries()
 
     def program(self) -> Program:
@@ -335,7 +335,7 @@ class _Builder:
         value, tag = old.meta.get("val"), (old.meta.get("custom") or {}).get(TAG)
         new.meta = {"spec": spec_of(value, self.names, self.storages, new.name)}
         if tag is not None and old.op == "call_function":
-            self.last = Origin(tag[1], tag[0], _line(old, self.libraries) or self.lines.get(tag[1], ""))
+            self.last = Origin(max(tag[1], 0), tag[0], _line(old, self.libraries) or self.lines.get(tag[1], ""))
             self.by_time.setdefault(tag[0], new.name)
         new.meta["origin"] = self.last if old.op == "call_function" else Origin()
         return new

@@ -11,7 +11,7 @@ It is the thing that is woven, cached by, printed, kept by edits and sent: there
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -67,7 +67,6 @@ class Intervention:
     saves: tuple[Save, ...]
     updates: tuple[tuple[int, str], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
-    opened: tuple[str, ...] = field(default=())
 
     @property
     def key(self) -> str:
@@ -86,8 +85,7 @@ class Intervention:
         lines += [
             f"save {s.tree.to_json()} {[x if isinstance(x, str) else x.value for x in s.leaves]}" for s in self.saves
         ]
-        lines += [f"for {name} = {value}" for name, value in self.sizes]
-        return "\n".join([*lines, *(f"open {address}" for address in self.opened)])
+        return "\n".join([*lines, *(f"for {name} = {value}" for name, value in self.sizes)])
 
 
 def _row(node: fx.Node, names: dict[str, str]) -> str:

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fxsight import _torch
 from fxsight.address import Address
-from fxsight.book import Call, Ref, Structure
+from fxsight.book import Call, Structure
 from fxsight.errors import AddressError, InputError, NotExecuted, TraceError, UnknownAddress, nearest
 from fxsight.node import origin_of
 from fxsight.place import Place, Places
@@ -31,6 +31,7 @@ from fxsight.show import (
     Text,
     body_text,
     empty_text,
+    node_of,
     operation_text,
     table_text,
     tensor_spec_of,
@@ -359,9 +360,7 @@ class Operation:
     @property
     def _node(self) -> fx.Node:
         """The node of an operator."""
-        leaf = self._place.output.leaves[0]
-        assert isinstance(leaf, Ref), "the output of an operator is its node"
-        return self._program.nodes[leaf.node]
+        return node_of(self._place, self._program)
 
 
 def _parts(place: Place) -> Iterator[Structure]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxsight.address import Address
 from fxsight.book import Call, Const, Leaf, Opaque, Ref, SizeRef, Structure, Weight
@@ -18,6 +18,7 @@ from fxsight.program import Program
 from fxsight.provenance import Libraries
 from fxsight.source import Site, Source
 from fxsight.spec import SizeSpec, Spec, TensorSpec
+from fxsight.targets import target_name
 from fxsight.tree import Tree
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Look:
         """
         places = self.captured
         if places is None:
-            raise TraceError(f"{address}: {NOTHING_CAPTURED}")
+            raise TraceError(f"{_shown(address)}: {NOTHING_CAPTURED}")
         try:
             if address.steps:
                 places.find(address)
@@ -151,13 +152,14 @@ class Look:
             return self._unknown(address, NOTHING_CAPTURED)
         places = self.places(address)
         try:
-            call = places.find(address).call
+            place = places.find(address)
         except NotExecuted as error:
             return self._unknown(address, str(error))
-        if call is not None and call.kind == "torch" and call.body is None:
+        if place.call is None:
+            return Body(target_name(node_of(place, places.program).target), None, (), program=places.program)
+        if place.call.kind == "torch" and place.call.body is None:
             places = self.inside(address, places)
-            call = places.find(address).call
-        return _body(call, places) if call is not None else Body(str(address), None, (), program=places.program)
+        return _body(places.find(address).call or place.call, places)
 
     def _unknown(self, address: Address, reason: str) -> Body:
         module, source = self.module(address.module), self.forward(address.module)
@@ -176,6 +178,17 @@ def _body(call: Call, places: Places) -> Body:
     order = {} if source is None else {name: number for number, name in enumerate(source.names())}
     names = tuple(sorted(calls, key=lambda name: order.get(name, len(order))))
     return Body(call.title, source, names, calls, call.ran, "", program, call)
+
+
+def node_of(place: Place, program: Program) -> fx.Node:
+    """The node of a place that is an operator of the graph."""
+    leaf = place.output.leaves[0]
+    assert isinstance(leaf, Ref), "the output of an operator is its node"
+    return program.nodes[leaf.node]
+
+
+def _shown(address: Address) -> str:
+    return str(address) or "the root module"
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -255,7 +268,7 @@ def body_text(body: Body, address: Address, operators: bool) -> Text:
     operators: with those operators, subscripts and attributes that have a value, too.
     """
     file = f"{Libraries().short(body.source.file)}:{body.source.first_line}" if body.source is not None else ""
-    header = "  ".join(filter(None, (body.title, str(address) or "the root module", file)))
+    header = "  ".join(filter(None, (body.title, _shown(address), file)))
     header = "\n".join(filter(None, (header, body.note)))
     if body.source is None:
         return Text(header)

@@ -10,7 +10,8 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def settings(module: nn.Module) -> tuple[Any, ...]:
-    """Plain attributes (``training`` among them) of every submodule, of its config, and which hooks it has.
+    """Of every submodule: plain attributes (``training`` among them), those of its config, which hooks it has, and
+    dtypes, devices and shapes of its weights.
 
     Cheap enough to be asked at every trace; equal settings mean that a captured program still holds.
     """
@@ -23,4 +24,6 @@ def _of(module: nn.Module) -> tuple[Any, ...]:
     hooks = (*own.get("_forward_hooks", ()), *own.get("_forward_pre_hooks", ()))
     config = getattr(own.get("config"), "__dict__", None)
     more = () if config is None else tuple(value for value in config.values() if type(value) in _PLAIN)
-    return (type(module).__qualname__, plain, hooks, more)
+    tensors = (*own["_parameters"].values(), *own["_buffers"].values())
+    weights = tuple(None if t is None else (t.dtype, t.device, t.shape) for t in tensors)
+    return (type(module).__qualname__, plain, hooks, more, weights)

@@ -217,10 +217,11 @@ def _member(name: str) -> zipfile.ZipInfo:
 
 
 def _check_own_literals(program: Program) -> None:
-    """A literal that was not made by the forward is a tensor someone else holds and may change."""
+    """That the forward made each literal: ``torch.tensor`` leaves these operators, a tensor someone holds does not."""
+    made = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default)
     literals = [program.nodes[name] for name, binding in program.bindings.items() if binding.kind == "literal"]
     for node in literals:
-        if any(user.target is not torch.ops.aten.lift_fresh_copy.default for user in node.users):
+        if any(user.target not in made for user in node.users):
             raise _Local(f"{node.name} is a tensor made outside the forward")
 
 
@@ -236,7 +237,9 @@ def _layout(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    """The elements in order, as the processor has them."""
+    """The elements in order, as the processor has them; none of a tensor without data."""
+    if tensor.is_meta:
+        return b""
     plain = tensor.detach().cpu().contiguous()
     if plain.numel() * plain.element_size() > _LARGEST:
         raise _Local("a literal that is too large")
@@ -248,7 +251,7 @@ def _tensor(data: bytes, layout: Mapping[str, Any]) -> torch.Tensor:
     dtype = getattr(torch, layout["dtype"])
     plain = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
     result = torch.empty_strided(layout["shape"], layout["stride"], dtype=dtype, device=layout["device"])
-    return result.copy_(plain.view(layout["shape"]))
+    return result if result.is_meta else result.copy_(plain.view(layout["shape"]))
 
 
 # ------------------------------------------------------------------------------------------------------ identity
@@ -379,7 +382,7 @@ class _Words:
             case nn.Module():
                 return self._module(value)
             case torch.Tensor():
-                return [_layout(value), "" if value.is_meta else _digest(_bytes(value))]
+                return [_layout(value), _digest(_bytes(value))]
             case dict():
                 return [self(type(value)), *([self(key), self(member)] for key, member in value.items())]
             case list():

@@ -71,7 +71,7 @@ class OpenFused(Pass):
     def rewrite(self, editor: Editor) -> None:
         """Find the operator, trace what it is made of, put that in its place."""
         places = Places(editor.program, SourceReader())
-        found = _operator(places, places.find(self.at.place))
+        found = _operator(places, places.find(self.at.place), self.label)
         if found is None:
             return
         try:
@@ -93,9 +93,9 @@ def open_place(program: Program, at: Address, reader: SourceReader) -> Program:
 def open_above(program: Program, at: Address, reader: SourceReader) -> Program:
     """The program in which ``at`` names a place: fused operators on the way down to it are opened.
 
-    Raises: UnknownAddress, NotExecuted: as they would be for ``at`` before anything was opened.
+    Raises: UnknownAddress, NotExecuted: when it names none even then.
     """
-    opened, missing = program, _missing(program, at, reader)
+    opened = program
     while (error := _missing(opened, at, reader)) is not None:
         above = at.place
         while above.steps and _missing(opened, above, reader) is not None:
@@ -103,7 +103,7 @@ def open_above(program: Program, at: Address, reader: SourceReader) -> Program:
         try:
             deeper = open_place(opened, above, reader)
         except UnknownAddress:
-            raise (error if opened is not program else missing or error) from None
+            raise error from None
         if deeper is opened:
             raise error
         opened = deeper
@@ -121,22 +121,25 @@ def _missing(program: Program, at: Address, reader: SourceReader) -> UnknownAddr
 # -- which operator --------------------------------------------------------------------------------------------------
 
 
-def _operator(places: Places, place: Place) -> tuple[fx.Node, Call | None] | None:
+def _operator(places: Places, place: Place, label: str) -> tuple[fx.Node, Call | None] | None:
     """The node to open and the call it is all of (None when the call makes others, too); None when it is open."""
     program, call = places.program, place.call
     if call is None:
         node = program.nodes[place.key.removeprefix("%")]
-        around = program.book.calls[origin_of(node).call]
-        is_all = around.kind == "torch" and around.body is None and _operators(program, around) == [node]
-        return node, around if is_all else None
+        return node, next((c for c in program.book.calls if _is_all_of(program, node, c)), None)
     if call.kind != "torch":
         raise UnknownAddress(f"{place.address}: a {call.kind} is open already: what it calls has addresses of its own")
-    if call.body is not None:
-        return None
     found = _operators(program, call)
+    if call.body is not None or any(origin_of(n).made_by == label for n in found):
+        return None
     if len(found) != 1:
         raise _not_one(places, place, {f"%{n.name}" for n in found})
     return found[0], call
+
+
+def _is_all_of(program: Program, node: fx.Node, call: Call) -> bool:
+    made_here = call.id == origin_of(node).call and call.kind == "torch" and call.body is None
+    return made_here and _operators(program, call) == [node]
 
 
 def _operators(program: Program, call: Call) -> list[fx.Node]:

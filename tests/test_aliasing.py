@@ -266,7 +266,7 @@ def _check(path: str, port: Port, watch: bool, names: list[str]) -> None:
     assert not wrong, "\n".join(f"{name}: {found}" for name, found in wrong.items())
 
 
-@pytest.mark.parametrize("number, location", enumerate(LOCATIONS))
+@pytest.mark.parametrize("number, location", list(enumerate(LOCATIONS)))
 def test_edits_equal_hooks(number: int, location: tuple[str, Port]) -> None:
     """Every edit somewhere, and everywhere some edits."""
     _check(*location, False, list(EDITS)[number % 7 :: 7])

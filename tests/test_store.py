@@ -44,10 +44,10 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
         hidden = self.first(x) * self.config.factor * scale
-        shift = torch.tensor([1.5, -2.0, 0.0, 1.0], dtype=torch.bfloat16)
-        mask = torch.tensor([True, False, True, True])
+        shift = torch.tensor([1.5, -2.0, 0.0, 1.0], dtype=torch.bfloat16, device=x.device)
+        mask = torch.tensor([True, False, True, True], device=x.device)
         output = self.second(hidden.relu() if self.training else hidden.tanh()) + shift
-        return {"output": torch.where(mask, output, torch.tensor(0.5)), "all": (hidden, None)}
+        return {"output": torch.where(mask, output, torch.tensor(0.5, device=x.device)), "all": (hidden, None)}
 
 
 def net(factor: float = 2.0) -> Net:
@@ -197,9 +197,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_file_is_replaced(
-    kept: tuple[str, bytes], folder: Path, damage: Callable[[bytes], bytes]
-) -> None:
+def test_a_damaged_file_is_replaced(kept: tuple[str, bytes], folder: Path, damage: Callable[[bytes], bytes]) -> None:
     path = filled(folder, kept)
     path.write_bytes(damage(kept[1]))
     assert captured(net(), folder)[0] == 1
@@ -285,9 +283,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS.keys())
-def test_another_module_is_captured_anew(
-    kept: tuple[str, bytes], folder: Path, make: Callable[[], nn.Module]
-) -> None:
+def test_another_module_is_captured_anew(kept: tuple[str, bytes], folder: Path, make: Callable[[], nn.Module]) -> None:
     filled(folder, kept)
     dtype = next(make().parameters()).dtype
     device = next(make().parameters()).device
@@ -379,7 +375,7 @@ def test_an_edited_function_of_another_file_is_captured_anew(folder: Path, files
 def test_a_file_edited_since_its_import_keeps_nothing(folder: Path, files: Files, which: str) -> None:
     module = files.module()
     edited = getattr(files, which)
-    edited.write_text(edited.read_text().replace("return ", "return 0 + "))
+    edited.write_text(edited.read_text().replace("return ", "return 7 * "))
     linecache.clearcache()
     assert captured(module, folder)[0] == 1
     assert not folder.exists()

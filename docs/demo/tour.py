@@ -18,10 +18,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from inspect import getsource
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,7 +54,7 @@ def ask(model: fxsight.Model, ids: Tensor) -> Tensor:
     """Read the logits of the next token, f32[vocabulary]."""
     with model.trace(ids, use_cache=False):
         logits = model.lm_head.output[0, -1].save()
-    return logits
+    return cast(Tensor, logits)
 
 
 def ablate(model: fxsight.Model, ids: Tensor) -> tuple[Tensor, Executable]:
@@ -76,7 +77,7 @@ def patch(model: fxsight.Model, ids: Tensor, block: int, position: int, state: T
     with model.trace(ids, use_cache=False):
         model.transformer.h[block].output[:, position] = state[:, position]
         logits = model.lm_head.output[0, -1].save()
-    return logits
+    return cast(Tensor, logits)
 
 
 def read_block(model: fxsight.Model, ids: Tensor, block: int) -> tuple[Tensor, Executable]:
@@ -137,7 +138,7 @@ def load_demo(folder: Path = MODEL_DIR) -> Demo:
     """Load the model the ordinary way and wrap it."""
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    net = GPT2LMHeadModel.from_pretrained(folder)  # comes in evaluation mode
+    net = GPT2LMHeadModel.from_pretrained(folder).requires_grad_(False)  # comes in evaluation mode
     prompt, donor = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (PROMPT, DONOR))
     return Demo(fxsight.Model(net), tokenizer, prompt, donor)
 
@@ -301,7 +302,7 @@ def show_tiers(console: Console, demo: Demo) -> None:
         logits, program = halve_attention(demo.model, both, tier)
         first = time.perf_counter() - start
         found.append(logits.detach())
-        table.add_row(tier, f"{first:.1f}", f"{milliseconds(lambda run=program: run(both, use_cache=False)):.2f}")
+        table.add_row(tier, f"{first:.1f}", f"{milliseconds(partial(program, both, use_cache=False)):.2f}")
     console.print(table)
     difference = (found[0] - found[1]).abs().max().item()
     tolerance = TOLERANCE[found[0].dtype][1]
@@ -316,7 +317,7 @@ def show_early_stop(console: Console, demo: Demo) -> None:
     table = plain_table("what is read", "operations that run", "ms")
     programs = {f"block {n}": read_block(demo.model, demo.prompt, n)[1] for n in range(_last(demo) + 1)}
     for name, program in programs.items():
-        took = milliseconds(lambda run=program: run(demo.prompt, use_cache=False))
+        took = milliseconds(partial(program, demo.prompt, use_cache=False))
         table.add_row(name, str(operations(program)), f"{took:.2f}")
     console.print(table)
     console.print("\nNothing had to be asked for: what nobody reads is not in the program.\n")

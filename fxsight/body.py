@@ -1,0 +1,341 @@
+"""A body's torch calls, written down: each becomes one node, after it has run on fake tensors.
+
+A wrong index or shape raises torch's own error at the user's line. In-place calls are recorded as new values
+(``mutate``); views follow their base as they do in torch. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxsight import _torch
+from fxsight.errors import InputError, TextError, TraceError
+from fxsight.lines import user_line
+from fxsight.mutate import SELF, ViewStep, mutate
+from fxsight.node import Origin
+from fxsight.spec import TensorSpec, spec_of
+from fxsight.targets import argument_text, find_target, target_name
+from fxsight.tree import Tree, flatten, map_leaves
+from fxsight.value import Cell, Recording, Value, fake_mode, values_in
+
+Demand = Callable[[Sequence[fx.Node]], list[torch.Tensor]]
+
+_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
+_NUMBERS = frozenset(
+    [
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "numpy",
+        "__array__",
+        "__repr__",
+        "__str__",
+        "__format__",
+        "__contains__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+        "__reduce_ex__",
+        "__deepcopy__",
+        "cpu_numpy",
+    ]
+)
+_GRADIENTS = frozenset(["backward", "requires_grad_", "retain_grad", "register_hook"])
+
+
+class Update:
+    """A plain tensor of the user's that a body changes in place: its number among the constants."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Body:
+    """The graph of one body, and the calls that write it.
+
+    owner: the recorder, which values belong to.  weights: names of the model's parameters and buffers by ``id``.
+    demand: computes nodes at once, for bodies that need a number.  sizes: of the inputs, by name.
+    edited: told of every value that an in-place call has changed.
+    """
+
+    def __init__(
+        self,
+        owner: Recording,
+        weights: Mapping[int, str],
+        demand: Demand,
+        sizes: Mapping[str, int],
+        edited: Callable[[Cell], None],
+    ) -> None:
+        self.graph = fx.Graph()
+        self.constants: list[torch.Tensor] = []
+        self.weight_names: dict[str, str] = {}
+        self.updates: dict[int, fx.Node] = {}
+        self.looked: set[str] = set()
+        self.mode = fake_mode()
+        self._owner, self._weights, self._demand, self._sizes, self._edited = owner, weights, demand, sizes, edited
+        self._given: dict[int, tuple[fx.Node, torch.Tensor, torch.Tensor]] = {}
+        self._versions: list[int] = []
+
+    def fake(self, spec: TensorSpec) -> torch.Tensor:
+        """A tensor without data, in memory of its own."""
+        with self.mode:
+            return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)  # type: ignore[arg-type]
+
+    # -- torch calls -------------------------------------------------------------------------------------------------
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one torch call on shapes and write it down.
+
+        Raises: what torch raises on these shapes; TraceError for calls that cannot be part of a program.
+        """
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._attribute(func, args)
+        if name == "__set__" or name in _GRADIENTS:
+            raise TraceError(
+                f"{_attribute_name(func)} of a traced value: gradients inside a trace are not supported yet"
+            )
+        if name in _NUMBERS:
+            return func(*self.numbers(args), **self.numbers(kwargs))
+        if name in (
+            "size",
+            "stride",
+            "numel",
+            "dim",
+            "__len__",
+            "is_contiguous",
+            "element_size",
+            "storage_offset",
+            "nelement",
+        ):
+            self._look(args)
+            return func(*map_leaves(_fake, args), **kwargs)
+        return self._operation(func, args, kwargs)
+
+    def numbers(self, arguments: Any) -> Any:
+        """The arguments with real tensors for values: computed now."""
+        values = list(values_in(arguments))
+        real = dict(zip(map(id, values), self._demand([self.node_of(v) for v in values]), strict=True))
+        return map_leaves(lambda x: real[id(x)] if isinstance(x, Value) else x, arguments)
+
+    def _attribute(self, func: Any, args: Any) -> Any:
+        name = _attribute_name(func)
+        if name in _ATTRIBUTES:
+            return self._operation(getattr, (args[0], name), {})
+        if name == "data":
+            return self._operation(torch.Tensor.detach, args, {})
+        if name == "grad":
+            raise TraceError(".grad of a traced value: gradients inside a trace are not supported yet")
+        if name == "shape":
+            self._look(args)
+        spec = args[0].cell.spec
+        if name == "shape":
+            return torch.Size(spec.shape)
+        return spec.dtype if name == "dtype" else getattr(args[0].cell.fake, name)
+
+    def _look(self, args: Any) -> None:
+        """A body that looks at a free size holds for that size alone."""
+        for value in values_in(args):
+            self.looked |= set(self._sizes) if any(n in self._sizes.values() for n in value.cell.spec.shape) else set()
+
+    def _operation(self, func: Any, args: Any, kwargs: Any) -> Any:
+        leaves, tree = flatten((args, kwargs))
+        fakes = [self._fake_of(leaf) for leaf in leaves]
+        before = [_torch.version(f) if isinstance(f, torch.Tensor) else 0 for f in fakes]
+        fake_args, fake_kwargs = tree.build(fakes)
+        try:
+            with self.mode, torch.no_grad():
+                result = func(*fake_args, **fake_kwargs)
+        except _torch.NeedsData:
+            return self._with_numbers(func, args, kwargs)
+        changed = [i for i, f in enumerate(fakes) if isinstance(f, torch.Tensor) and _torch.version(f) != before[i]]
+        if changed:
+            return self._mutation(func, leaves, tree, changed[0], fakes, result)
+        if not any(isinstance(r, torch.Tensor) for r in flatten(result)[0]):
+            return result
+        node_args, node_kwargs = tree.build([self._argument(leaf) for leaf in leaves])
+        node = self._add(func, node_args, node_kwargs, spec_of(result, {}, {}, ""))
+        return self._wrap(result, node, leaves, fakes, (func, tree))
+
+    def _with_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A result whose shape depends on numbers: computed now, and a constant from here on."""
+        return map_leaves(
+            lambda x: self._constant_value(x) if isinstance(x, torch.Tensor) else x,
+            func(*self.numbers(args), **self.numbers(kwargs)),
+        )
+
+    def _constant_value(self, tensor: torch.Tensor) -> Value:
+        return Value.of(
+            self._fresh_cell(self._fake_of(tensor), self._argument(tensor), "a value computed inside the body")
+        )
+
+    def _fresh_cell(self, fake: torch.Tensor, node: fx.Node, what: str) -> Cell:
+        spec = TensorSpec(fake.dtype, tuple(fake.shape), tuple(fake.stride()), str(fake.device))
+        return Cell(self._owner, spec, node, what, user_line(), known_fake=fake)
+
+    def _add(self, func: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
+        try:
+            label = target_name(func).rpartition(".")[2].strip("_")
+            for argument in (*args, *kwargs.values()):
+                argument_text(argument)
+        except TextError as error:
+            raise TraceError(str(error)) from None
+        node = self.graph.create_node("call_function", func, tuple(args), dict(kwargs), f"user_{label}")
+        node.meta.update(spec=spec, origin=Origin(user=user_line(), made_by="body"))
+        return node
+
+    def _wrap(self, result: Any, node: fx.Node, leaves: list[Any], fakes: list[Any], made: tuple[Any, Tree]) -> Any:
+        """Results as values; a result that shares memory with an argument is a view of it."""
+        found, tree = flatten(result)
+        wrapped: list[Any] = []
+        for fake, path in zip(found, tree.paths(), strict=True):
+            if not isinstance(fake, torch.Tensor):
+                wrapped.append(fake)
+                continue
+            member = node
+            for key in path:
+                member = self.graph.call_function(operator.getitem, (member, key))
+                member.meta.update(spec=spec_of(fake, {}, {}, ""), origin=node.meta["origin"])
+            wrapped.append(Value.of(self._cell(fake, member, path, leaves, fakes, made)))
+        return tree.build(wrapped)
+
+    def _cell(
+        self, fake: Any, node: fx.Node, path: Any, leaves: list[Any], fakes: list[Any], made: tuple[Any, Tree]
+    ) -> Cell:
+        func, tree = made
+        what = f"the result of {target_name(func)}"
+        for number, (leaf, given) in enumerate(zip(leaves, fakes, strict=True)):
+            if isinstance(leaf, Value) and _torch.storage_key(given) == _torch.storage_key(fake):
+                filled = [SELF if i == number else self._argument(x) for i, x in enumerate(leaves)]
+                args, kwargs = tree.build(filled)
+                step = (target_name(func), tuple(args), dict(kwargs), tuple(path))
+                cell = self._fresh_cell(fake, node, what)
+                cell.base, cell.step, cell.seen = leaf.cell, step, leaf.cell.root.version
+                return cell
+        return self._fresh_cell(fake, node, what)
+
+    # -- in-place calls ----------------------------------------------------------------------------------------------
+
+    def _mutation(self, func: Any, leaves: list[Any], tree: Tree, number: int, fakes: list[Any], result: Any) -> Any:
+        """Write an in-place call down as a new value of the base of what it changes."""
+        changed = leaves[number]
+        cell = changed.cell if isinstance(changed, Value) else self._update_cell(changed)
+        filled = [SELF if i == number else self._argument(x) for i, x in enumerate(leaves)]
+        args, kwargs = tree.build(filled)
+        root = cell.root
+        views: list[ViewStep] = []
+        while cell.base is not None and cell.step is not None:
+            views.insert(0, cell.step)
+            cell = cell.base
+        before = self._current(root)
+        node = self._add(
+            mutate,
+            (before, tuple(views), target_name(func), tuple(args), dict(kwargs)),
+            {},
+            before.meta["spec"],
+        )
+        root.node, root.version, root.seen = node, root.version + 1, root.version + 1
+        self._edited(root)
+        return changed if result is fakes[number] else result
+
+    def _update_cell(self, tensor: torch.Tensor) -> Cell:
+        """A plain tensor of the user's changed in place by a value: updated after the run."""
+        node, number = self._given_tensor(tensor)[0], self._number(tensor)
+        cell = self._fresh_cell(self._fake_of(tensor), self.updates.get(number, node), "a tensor of yours")
+        cell.handles.append((Update(number), 0))
+        return cell
+
+    # -- arguments ---------------------------------------------------------------------------------------------------
+
+    def _current(self, cell: Cell) -> fx.Node:
+        """The node of a cell's present value: of a view whose base has changed, the view taken again."""
+        if cell.base is not None and cell.step is not None and cell.seen != cell.root.version:
+            base = self._current(cell.base)
+            name, args, kwargs, path = cell.step
+            put = lambda x: base if isinstance(x, str) and x == SELF else x  # noqa: E731
+            node = self._add(find_target(name), map_leaves(put, args), map_leaves(put, kwargs), cell.node.meta["spec"])
+            for key in path:
+                node = self.graph.call_function(operator.getitem, (node, key))
+                node.meta.update(cell.node.meta)
+            cell.node, cell.seen = node, cell.root.version
+        return cell.node
+
+    def node_of(self, value: Any) -> fx.Node:
+        node = self._argument(value)
+        assert isinstance(node, fx.Node)
+        return node
+
+    def _argument(self, leaf: Any) -> Any:
+        """A leaf of the arguments as it stands in the graph."""
+        if isinstance(leaf, Value):
+            return self._current(leaf.cell)
+        if isinstance(leaf, torch.Tensor):
+            return self.updates.get(self._number(leaf), self._given_tensor(leaf)[0])
+        if isinstance(leaf, slice) and any(values_in(leaf)):
+            return slice(
+                *(self.numbers(x).item() if isinstance(x, Value) else x for x in (leaf.start, leaf.stop, leaf.step))
+            )
+        if isinstance(leaf, torch.nn.Module):
+            raise TraceError(f"a module cannot be an argument of a recorded call: {type(leaf).__name__}")
+        return leaf.item() if type(leaf).__module__ == "numpy" and hasattr(leaf, "item") and not leaf.shape else leaf
+
+    def _fake_of(self, leaf: Any) -> Any:
+        if isinstance(leaf, Value):
+            return leaf.cell.fake
+        return self._given_tensor(leaf)[1] if isinstance(leaf, torch.Tensor) else leaf
+
+    def _given_tensor(self, tensor: torch.Tensor) -> tuple[fx.Node, torch.Tensor]:
+        """The placeholder of a tensor of the user's or of the model's, and its fake twin."""
+        known = self._given.get(id(tensor))
+        if known is None:
+            weight = self._weights.get(id(tensor))
+            label = f"weight_{len(self.weight_names)}" if weight is not None else f"constant_{len(self.constants)}"
+            node, fake = self._placeholder(label, tensor)
+            if weight is not None:
+                self.weight_names[node.name] = weight
+            else:
+                self.constants.append(tensor)
+                self._versions.append(_torch.version(tensor))
+            known = self._given[id(tensor)] = (node, fake, tensor)
+        return known[0], known[1]
+
+    def _number(self, tensor: torch.Tensor) -> int:
+        """The number of a constant; -1 for what is none."""
+        return next((i for i, constant in enumerate(self.constants) if constant is tensor), -1)
+
+    def _placeholder(self, label: str, tensor: torch.Tensor) -> tuple[fx.Node, torch.Tensor]:
+        node = self.graph.placeholder(label)
+        fake = _torch.fake_of(self.mode, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
+        node.meta.update(spec=spec_of(fake, {}, {}, node.name), origin=Origin(user=user_line(), made_by="body"))
+        return node, fake
+
+    def constant_specs(self) -> tuple[tuple[str, TensorSpec], ...]:
+        """Placeholder and spec of each constant, by number.
+
+        Raises: InputError when a tensor of the user's was changed after the body had used it.
+        """
+        for tensor, version in zip(self.constants, self._versions, strict=True):
+            if _torch.version(tensor) != version:
+                raise InputError(
+                    f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; "
+                    "use a copy: t.clone()"
+                )
+        nodes = [self._given[id(tensor)][0] for tensor in self.constants]
+        return tuple((node.name, node.meta["spec"]) for node in nodes)
+
+
+def _fake(leaf: Any) -> Any:
+    return leaf.cell.fake if isinstance(leaf, Value) else leaf
+
+
+def _attribute_name(func: Any) -> str:
+    return getattr(getattr(func, "__self__", None), "__name__", getattr(func, "__name__", str(func)))

@@ -1,0 +1,288 @@
+"""For tests of passes, ours and yours: the questions every pass is asked, and programs to ask them about.
+
+    check_pass(DropUnused(), random_program(seed=3))
+    check_pass(Scale(GELU, 0.5), program, neutral=Scale(GELU, 1.0), equals=lambda m, x: m.down(gelu(m.up(x)) * 0.5))
+
+What is wrong is an ``AssertionError`` that shows it: the lines that differ, or the largest difference.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsight.book import Book, Call, Const, Ref, Structure
+from fxsight.lower import eager
+from fxsight.node import Binding, tensor_spec
+from fxsight.parse import parse_program
+from fxsight.program import Program
+from fxsight.rewrite import Pass
+from fxsight.run import weight_fetcher
+from fxsight.spec import TensorSpec
+from fxsight.tree import LEAF, Tree, flatten
+from fxsight.verify import verify
+
+Inputs = Sequence[Any]
+
+# -- the questions ---------------------------------------------------------------------------------------------------
+
+
+def check_pass(
+    pass_: Pass,
+    program: Program,
+    *,
+    module: nn.Module | None = None,
+    inputs: Sequence[Inputs] | None = None,
+    neutral: Pass | None = None,
+    equals: Callable[..., Any] | None = None,
+    tolerance: float = 0.0,
+) -> Program:
+    """Ask a pass what every pass must answer; the rewritten program.
+
+    - The program it is given is as it was: its text is the same before and after.
+    - Two runs give equal programs, and the history of both ends with the pass.
+    - The result keeps the rules of ``verify``, and is read back from its own text.
+    - "Nothing to do" is the program itself, ``changed`` False; so is what ``neutral`` makes of it.
+    - The result computes what the program did, or what ``equals`` does.
+
+    module: where the weights are; without it they are random.  inputs: leaves of the program's inputs, one list a
+    run; without it two random lists, of two sizes.  neutral: the same pass with options that should change nothing.
+    equals: plain torch: from the module (None without one) and the inputs to what the program is to return.
+    tolerance: largest difference, relative and absolute; 0 compares bit by bit, as long as no arithmetic changed.
+
+    Raises: AssertionError; ProgramError where the result breaks a rule.
+    """
+    before, again = program.text, pass_.apply(program)
+    result = _checked(pass_, program, again.changed, again.program, before)
+    _same_text(f"{pass_.label}: two runs differ", result.text, pass_.apply(program).program.text)
+    if neutral is not None:
+        unchanged = neutral.apply(program)
+        _same_text(f"{neutral.label} is not neutral", before, unchanged.program.text)
+        assert unchanged.program is program and not unchanged.changed, f"{neutral.label} says it changed something"
+    for leaves in inputs if inputs is not None else (random_inputs(program, 0), random_inputs(program, 1)):
+        expected = run(program, leaves, module) if equals is None else flatten(equals(module, *_copies(leaves)))[0]
+        _same_numbers(pass_.label, run(result, leaves, module), expected, tolerance)
+    return result
+
+
+def _checked(pass_: Pass, program: Program, changed: bool, result: Program, before: str) -> Program:
+    _same_text(f"{pass_.label} changed the program it was given", before, program.text)
+    assert changed == (result is not program), f"{pass_.label}: changed is {changed}"
+    if changed:
+        assert result.history == (*program.history, pass_.label), f"{pass_.label} is not in {result.history}"
+    read = parse_program(verify(result).text, result.book, result.literals)
+    _same_text(f"{pass_.label}: its program is not read back from its text", result.text, read.text)
+    return result
+
+
+def _same_text(what: str, expected: str, found: str) -> None:
+    if expected != found:
+        lines = difflib.unified_diff(expected.splitlines(), found.splitlines(), "expected", "found", lineterm="", n=1)
+        raise AssertionError("\n".join([what, *lines]))
+
+
+def _same_numbers(label: str, found: Sequence[Any], expected: Sequence[Any], tolerance: float) -> None:
+    assert len(found) == len(expected), f"{label}: it returns {len(found)} values, not {len(expected)}; give equals=..."
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        torch.testing.assert_close(
+            a, b, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, n=number: f"{label}: value {n}: {m}"
+        )
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+def run(program: Program, inputs: Inputs, module: nn.Module | None = None) -> list[Any]:
+    """What a program returns, op by op, for the leaves of its inputs; weights of the module, or random ones.
+
+    The same random numbers at every call. Inputs and weights stay as they are: the program works on copies.
+    """
+    leaves = _copies(inputs)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        bound = program.bindings.items()
+        arguments = [_argument(program, name, binding, leaves, module) for name, binding in bound]
+        torch.manual_seed(1)
+        return list(eager(program)(*arguments))
+
+
+def random_inputs(program: Program, seed: int = 0) -> list[Any]:
+    """Leaves for a program's inputs: its fixed ones, and random tensors; every seed has its own sizes.
+
+    Floating-point numbers are normal, integers among 0 to 3.
+    """
+    rng = random.Random(seed)
+    sizes = {s.name: max(s.low, 2) + rng.randrange(4) for s in program.sizes}
+    generator = torch.Generator().manual_seed(seed)
+    leaves = program.input_leaves
+    return [_random(x.at(sizes), generator) if isinstance(x, TensorSpec) else x.value for x in leaves]
+
+
+def _argument(program: Program, name: str, binding: Binding, leaves: Inputs, module: nn.Module | None) -> Any:
+    if binding.kind == "input":
+        return leaves[int(binding.key)]
+    if binding.kind == "literal":
+        return program.literals[str(binding.key)].clone()
+    if binding.kind == "weight" and module is not None:
+        return weight_fetcher(module, str(binding.key))().clone()
+    generator = torch.Generator().manual_seed(sum(map(ord, str(binding))))  # the same in every program
+    return _random(tensor_spec(program.nodes[name]), generator)
+
+
+def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
+    shape = [int(d) for d in spec.shape]
+    if spec.dtype.is_floating_point or spec.dtype.is_complex:
+        return torch.randn(shape, generator=generator, dtype=spec.dtype)
+    return torch.randint(0, 4, shape, generator=generator).to(spec.dtype)
+
+
+def _copies(leaves: Inputs) -> list[Any]:
+    return [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+
+
+# -- programs --------------------------------------------------------------------------------------------------------
+
+
+def random_program(seed: int, size: int = 16, *, in_place: bool = True) -> Program:
+    """A program as a capture makes them, of about ``size`` operators, for property tests; without exporting anything.
+
+    It has two inputs (f32[batch, 8]), weights, views, borders of modules (``alias``), stacks that are taken apart
+    again, values nobody needs, dropout and, with ``in_place``, operators that change memory others see. Every node
+    has a time and an address in the root module: ``/aten_relu_0``. The same seed gives the same program.
+    """
+    draft = _Draft(random.Random(seed))
+    makers = [draft.unary, draft.binary, draft.linear, draft.border, draft.view, draft.stack, draft.dropout]
+    for make in draft.rng.choices([*makers, draft.change] if in_place else makers, k=size):
+        make()
+    return draft.program()
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A value of a draft: f32[batch, width], with the distance of its rows in memory."""
+
+    name: str
+    width: int = 8
+    row: int = 8
+    storage: str = ""
+
+    def note(self, time: int | None = None) -> str:
+        """The note behind its line."""
+        extras = {} if self.row == self.width else {"stride": f"{self.row}, 1"}
+        extras |= {} if self.storage == self.name else {"shares": self.storage}
+        text = ", ".join(f"{k}={v!r}" for k, v in extras.items())
+        own = "" if time is None else f"call=0, time={time}"
+        braces = ", ".join(filter(None, (text, own)))
+        return f"    # f32[batch, {self.width}]" + (f"  {{{braces}}}" if braces else "")
+
+
+@dataclass
+class _Draft:
+    """A random program being written. Every method appends lines."""
+
+    rng: random.Random
+    lines: list[str] = field(default_factory=list[str])
+    values: list[_Value] = field(default_factory=lambda: [_Value("x", storage="x"), _Value("y", storage="y")])
+    count: int = 0
+
+    def unary(self) -> None:
+        """One value to another."""
+        name = self.rng.choice(["relu", "neg", "tanh", "sigmoid", "abs"])
+        x = self._any()
+        self._new(f"aten.{name}.default({x.name})", x.width)
+
+    def binary(self) -> None:
+        """Two values of one width to a third."""
+        x = self._any()
+        y = self.rng.choice([v for v in self.values if v.width == x.width])
+        self._new(f"aten.{self.rng.choice(['add', 'sub', 'mul'])}.Tensor({x.name}, {y.name})", x.width)
+
+    def linear(self) -> None:
+        """A weight."""
+        self._new(f"aten.linear.default({self._any(8).name}, weight, bias)")
+
+    def border(self) -> None:
+        """Where a value enters or leaves a module."""
+        x = self._any()
+        self._new(f"aten.alias.default({x.name})", like=x)
+
+    def view(self) -> None:
+        """Half of the columns, in the same memory."""
+        x = self._any(8)
+        start = self.rng.choice([0, 4])
+        self._new(f"aten.slice.Tensor({x.name}, 1, {start}, {start + 4})", like=replace(x, width=4))
+
+    def stack(self) -> None:
+        """Two values stacked, and one of them taken out again."""
+        x, y, number = self._any(8), self._any(8), len(self.lines)
+        note = f"call=0, time={self._tick()}"
+        self.lines.append(
+            f"stack_{number} = aten.stack.default([{x.name}, {y.name}])    # f32[2, batch, 8]  {{{note}}}"
+        )
+        out = _Value(f"stack_{number}", storage=f"stack_{number}")
+        self._new(f"aten.select.int(stack_{number}, 0, {self.rng.randrange(2)})", like=out)
+
+    def dropout(self) -> None:
+        """Random numbers."""
+        self._new(f"aten.native_dropout.default({self._any(8).name}, 0.5, True)", members=2)
+
+    def change(self) -> None:
+        """A value changed in place: all with its memory see it. Inputs and weights are left alone."""
+        own = [v for v in self.values if v.storage not in ("x", "y")]
+        if own:
+            x = self.rng.choice(own)
+            call = self.rng.choice(["aten.mul_.Tensor({}, 0.5)", "aten.relu_.default({})", "aten.add_.Tensor({}, 1.0)"])
+            self._new(call.format(x.name), like=x)
+
+    def program(self) -> Program:
+        """The finished program; it returns some of the values."""
+        returned = self.rng.sample(self.values, min(len(self.values), self.rng.randint(1, 3)))
+        header = ["# program Random", "# sizes: batch >= 1", "# made by: capture"]
+        header += [f"# inputs: {_INPUTS}", f"# outputs: {_outputs(len(returned))}", "def program("]
+        header += ["    x: 'input 0',    # f32[batch, 8]", "    y: 'input 1',    # f32[batch, 8]"]
+        header += ["    weight: 'weight weight',    # f32[8, 8]", "    bias: 'weight bias',    # f32[8]", "):"]
+        names = "".join(f"{v.name}, " for v in returned)
+        text = "\n".join([*header, *(f"    {line}" for line in self.lines), f"    return ({names})", ""])
+        return parse_program(text, _book(self.count + 1, [v.name for v in returned]))
+
+    def _any(self, width: int | None = None) -> _Value:
+        return self.rng.choice([v for v in self.values if width in (None, v.width)])
+
+    def _tick(self) -> int:
+        self.count += 1
+        return self.count
+
+    def _new(self, call: str, width: int = 8, like: _Value | None = None, members: int = 0) -> None:
+        name, time = f"v{len(self.values)}", self._tick()
+        if members:
+            note = f"(f32[batch, {width}], b1[batch, {width}])  {{call=0, time={time}}}"
+            self.lines.append(f"{name}_all = {call}    # {note}")
+            call, time = f"operator.getitem({name}_all, 0)", self._tick()
+            like = _Value(name, width, width, f"{name}_all[0]")
+        value = _Value(name, width, width, name) if like is None else replace(like, name=name)
+        self.lines.append(f"{name} = {call}{value.note(time)}")
+        self.values.append(value)
+
+
+_PAIR = '["tuple", "", [0, 1], [["tuple", "", [0, 1], [0, 0]], ["dict", "", [], []]]]'
+_INPUTS = f'[{_PAIR}, [{{"type": "f32[batch, 8]", "shares": "x"}}, {{"type": "f32[batch, 8]", "shares": "y"}}]]'
+
+
+def _outputs(count: int) -> str:
+    members, nulls = list(range(count)), ", ".join(["null"] * count)
+    return f'[["tuple", "", {members}, {[0] * count}], [{nulls}]]'
+
+
+def _book(end: int, returned: Sequence[str]) -> Book:
+    """An address book of the root module alone."""
+    args = Tree("tuple", "", (0, 1), (LEAF, LEAF))
+    inputs = Structure(Tree("tuple", "", (0, 1), (args, Tree("dict"))), (Ref("x"), Ref("y")))
+    tree = Tree("tuple", "", tuple(range(len(returned))), (LEAF,) * len(returned))
+    output = Structure(tree, tuple(map(Ref, returned)))
+    return Book((Call(0, None, "module", "root", 0, "", 0, "Random", "", None, inputs, output, 0, end),))
