@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.errors import TraceError
 from fxsight.store import Store
-from fxsight.tracer import Backend, Tracer
+from fxsight.tracer import Backend, Scan, Tracer
 
 
 class View:
@@ -84,6 +85,60 @@ class View:
     def call(self, n: int) -> View:
         """The same module, its call number ``n`` in one forward (0 is the first)."""
         return View(self._root, self._module, self._path, n)
+
+    def skip(self, value: Any) -> None:
+        """Let the module return ``value`` without running: what only it needs is not computed.
+
+        Raises: WriteError when the value has not the structure of the module's output.
+        """
+        self._write("output", value)
+
+    def modules(self) -> list[View]:
+        """This view and all below it, children before parents."""
+        return [view for _, view in self.named_modules()]
+
+    def named_modules(self) -> list[tuple[str, View]]:
+        """The same with their paths."""
+        below = [
+            pair
+            for name, part in self._module._modules.items()
+            if part is not None
+            for pair in self._child(name).named_modules()
+        ]
+        return [*below, (self.path, self)]
+
+    def get(self, path: str) -> Any:
+        """What a dotted path leads to, a value too: ``get("transformer.h.0.output")``.
+
+        Raises: AttributeError when there is nothing of that name.
+        """
+        found: Any = self
+        for part in path.split("."):
+            found = getattr(found, part)
+        return found
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the first parameter; None without parameters."""
+        return next((p.device for p in self._module.parameters()), None)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Devices of all parameters and buffers."""
+        return {t.device for t in (*self._module.parameters(), *self._module.buffers())}
+
+    def to(self, *args: Any, **kwargs: Any) -> View:
+        """Move or convert the module, as ``nn.Module.to``.  Returns: this view."""
+        self._module.to(*args, **kwargs)
+        return self
+
+    def cpu(self) -> View:
+        """Move the module to the CPU.  Returns: this view."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | str | torch.device | None = None) -> View:
+        """Move the module to a CUDA device.  Returns: this view."""
+        return self.to("cuda" if device is None else device)
 
     def __getattr__(self, name: str) -> Any:
         module: nn.Module = self.__dict__["_module"]
@@ -165,12 +220,33 @@ class Model(View):
         super().__init__(None, module, "")
         self.__dict__["_captures"] = Captures(module, Store() if cache else None)
 
-    def trace(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> Tracer:
+    def trace(
+        self,
+        *args: Any,
+        backend: Backend = "auto",
+        trace: bool = True,
+        scan: bool = True,
+        validate: bool = True,
+        debug: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """A block in which values of ``module(*args, **kwargs)`` are read and written; it runs when the block ends.
 
         backend: "eager" is bitwise the module's own numbers; "inductor" compiles; "auto" is eager.
+        trace: False for no block: simply the module's output.  scan, validate, debug: accepted; every block is
+        checked line by line as it is written, and errors are raised there.
+
+        Raises: TraceError without any input.
         """
+        if not trace:
+            return self._module(*args, **kwargs)
+        if not args and not kwargs:
+            raise TraceError("trace() needs an input: with model.trace(x):")
         return Tracer(self._captures, args, kwargs, backend)
+
+    def scan(self, *args: Any, **kwargs: Any) -> Scan:
+        """A block in which shapes and dtypes are known and nothing is run; works without weights."""
+        return Scan(self._captures, args, kwargs, "eager")
 
 
 def save(value: Any) -> Any:

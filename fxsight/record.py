@@ -165,8 +165,8 @@ class Recorder:
                 continue
             if state.version != version:
                 warnings.warn(
-                    f"{user_line()}: this in-place edit changes a value read before {state.location.address} was written again; "
-                    "it has no effect on the model: read the location anew and edit that",
+                    f"{user_line()}: this in-place edit changes a value read before {state.location.address} was "
+                    "written again; it has no effect on the model: read the location anew and edit that",
                     LostEditWarning,
                     stacklevel=5,
                 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import fx
@@ -16,8 +16,9 @@ from torch import fx
 from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.causality import check_causal
-from fxsight.errors import TraceError, UnknownAddress
+from fxsight.errors import NeedsValueError, TraceError, UnknownAddress
 from fxsight.intervention import Intervention
+from fxsight.lines import user_line
 from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place
 from fxsight.record import Recorder
@@ -55,14 +56,16 @@ class Tracer:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         self._captures.leave(self)
-        self._recorder.is_open = error is None
+        stopped = isinstance(error, Stopped) and error.trace is self
+        self._recorder.is_open = error is None or stopped
         try:
-            if error is None:
+            if self._recorder.is_open:
                 self._finish()
         finally:
             self._recorder.is_open = False
+        return stopped
 
     @property
     def program(self) -> Executable:
@@ -78,6 +81,15 @@ class Tracer:
     def tier(self) -> str:
         """How the values were computed: "eager" or "inductor"."""
         return self.program.tier
+
+    @property
+    def result(self) -> Any:
+        """What the whole call returns: the root module's output."""
+        return self.read(self.place(Address("")), "output")
+
+    def stop(self) -> NoReturn:
+        """End the block here: what comes after it in the block is not done, and nothing only it needs is run."""
+        raise Stopped(self)
 
     # -- what views ask ----------------------------------------------------------------------------------------------
 
@@ -169,6 +181,32 @@ class Tracer:
     def _use_known(self) -> UseKnown | None:
         """What has been computed for this body already, as constants after its own."""
         return UseKnown(tuple(self._known), len(self._recorder.constants)) if self._known else None
+
+
+class Stopped(BaseException):
+    """Ends the block of one trace; never seen outside it."""
+
+    def __init__(self, trace: Tracer) -> None:
+        super().__init__("the trace is stopped")
+        self.trace = trace
+
+
+class Scan(Tracer):
+    """A block in which shapes are looked at, and nothing is run: ``with model.scan(...)``.
+
+    Saved values become tensors without data (device "meta"). What needs a number is an error.
+    """
+
+    def _finish(self) -> None:
+        for value in self._recorder.finish()[1]:
+            for leaf in flatten(value)[0]:
+                if isinstance(leaf, Value):
+                    become(leaf, torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta"))
+
+    def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
+        raise NeedsValueError(
+            f"{user_line()}: a number is needed, and a scan runs nothing; use torch.where, or model.trace(...)"
+        )
 
 
 class At:
