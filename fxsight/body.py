@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxsight import _torch
 from fxsight.errors import InputError, TextError, TraceError
 from fxsight.lines import user_line
 from fxsight.mutate import SELF, ViewStep, mutate
 from fxsight.node import Origin
-from fxsight.spec import TensorSpec, spec_of
+from fxsight.rules import Rule, Table, rule_for
+from fxsight.spec import TensorSpec
 from fxsight.targets import argument_text, find_target, target_name
 from fxsight.tree import Tree, flatten, map_leaves
 from fxsight.value import Cell, Recording, Value, fake_mode, values_in
@@ -52,6 +55,16 @@ _NUMBERS = frozenset(
 _GRADIENTS = frozenset(["backward", "requires_grad_", "retain_grad", "register_hook"])
 
 
+class _Result:
+    """Names the result of a function in messages; the text is made when it is needed."""
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+
+    def __str__(self) -> str:
+        return f"the result of {target_name(self.func)}"
+
+
 class Update:
     """A plain tensor of the user's that a body changes in place: its number among the constants."""
 
@@ -62,28 +75,39 @@ class Update:
 class Body:
     """The graph of one body, and the calls that write it.
 
-    owner: the recorder, which values belong to.  weights: names of the model's parameters and buffers by ``id``.
+    owner: the recorder, which values belong to.  weights: asked, once, for the names of the model's parameters and
+    buffers by ``id``.
     demand: computes nodes at once, for bodies that need a number.  sizes: of the inputs, by name.
-    edited: told of every value that an in-place call has changed.
+    edited: told of every value that an in-place call has changed.  rules: what calls do to shapes, shared by bodies.
     """
 
     def __init__(
         self,
         owner: Recording,
-        weights: Mapping[int, str],
+        weights: Callable[[], Mapping[int, str]],
         demand: Demand,
         sizes: Mapping[str, int],
         edited: Callable[[Cell], None],
+        rules: Table,
     ) -> None:
         self.graph = fx.Graph()
         self.constants: list[torch.Tensor] = []
         self.weight_names: dict[str, str] = {}
         self.updates: dict[int, fx.Node] = {}
         self.looked: set[str] = set()
-        self.mode = fake_mode()
         self._owner, self._weights, self._demand, self._sizes, self._edited = owner, weights, demand, sizes, edited
-        self._given: dict[int, tuple[fx.Node, torch.Tensor, torch.Tensor]] = {}
+        self._given: dict[int, tuple[fx.Node, torch.Tensor]] = {}
         self._versions: list[int] = []
+        self._rules = rules
+
+    @cached_property
+    def mode(self) -> Any:
+        """In which tensors are shapes."""
+        return fake_mode()
+
+    @cached_property
+    def _names(self) -> Mapping[int, str]:
+        return self._weights()
 
     def fake(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor without data, in memory of its own."""
@@ -149,22 +173,16 @@ class Body:
 
     def _operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         leaves, tree = flatten((args, kwargs))
-        fakes = [self._fake_of(leaf) for leaf in leaves]
-        before = [_torch.version(f) if isinstance(f, torch.Tensor) else 0 for f in fakes]
-        fake_args, fake_kwargs = tree.build(fakes)
-        try:
-            with self.mode, torch.no_grad():
-                result = func(*fake_args, **fake_kwargs)
-        except _torch.NeedsData:
+        specs = [self._spec_of(leaf) for leaf in leaves]
+        rule = rule_for(self._rules, func, specs, tree, lambda: [self._fake_of(leaf) for leaf in leaves], self.mode)
+        if rule.needs_data:
             return self._with_numbers(func, args, kwargs)
-        changed = [i for i, f in enumerate(fakes) if isinstance(f, torch.Tensor) and _torch.version(f) != before[i]]
-        if changed:
-            return self._mutation(func, leaves, tree, changed[0], fakes, result)
-        if not any(isinstance(r, torch.Tensor) for r in flatten(result)[0]):
-            return result
+        if rule.changed is not None:
+            return self._mutation(func, leaves, tree, rule)
+        if not rule.has_tensors:
+            return rule.tree.build(rule.leaves)
         node_args, node_kwargs = tree.build([self._argument(leaf) for leaf in leaves])
-        node = self._add(func, node_args, node_kwargs, spec_of(result, {}, {}, ""))
-        return self._wrap(result, node, leaves, fakes, (func, tree))
+        return self._wrap(rule, self._add(func, node_args, node_kwargs, rule.spec), leaves, (func, tree))
 
     def _with_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A result whose shape depends on numbers: computed now, and a constant from here on."""
@@ -175,12 +193,11 @@ class Body:
 
     def _constant_value(self, tensor: torch.Tensor) -> Value:
         return Value.of(
-            self._fresh_cell(self._fake_of(tensor), self._argument(tensor), "a value computed inside the body")
+            self._fresh_cell(self._spec_of(tensor), self._argument(tensor), "a value computed inside the body")
         )
 
-    def _fresh_cell(self, fake: torch.Tensor, node: fx.Node, what: str) -> Cell:
-        spec = TensorSpec(fake.dtype, tuple(fake.shape), tuple(fake.stride()), str(fake.device))
-        return Cell(self._owner, spec, node, what, user_line(), known_fake=fake)
+    def _fresh_cell(self, spec: TensorSpec, node: fx.Node, what: object) -> Cell:
+        return Cell(self._owner, spec, node, what, user_line())
 
     def _add(self, func: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
         try:
@@ -193,64 +210,53 @@ class Body:
         node.meta.update(spec=spec, origin=Origin(user=user_line(), made_by="body"))
         return node
 
-    def _wrap(self, result: Any, node: fx.Node, leaves: list[Any], fakes: list[Any], made: tuple[Any, Tree]) -> Any:
+    def _wrap(self, rule: Rule, node: fx.Node, leaves: list[Any], made: tuple[Any, Tree]) -> Any:
         """Results as values; a result that shares memory with an argument is a view of it."""
-        found, tree = flatten(result)
         wrapped: list[Any] = []
-        for fake, path in zip(found, tree.paths(), strict=True):
-            if not isinstance(fake, torch.Tensor):
-                wrapped.append(fake)
+        for spec, viewed, path in zip(rule.leaves, rule.views, rule.tree.paths(), strict=True):
+            if not isinstance(spec, TensorSpec):
+                wrapped.append(spec)
                 continue
             member = node
             for key in path:
                 member = self.graph.call_function(operator.getitem, (member, key))
-                member.meta.update(spec=spec_of(fake, {}, {}, ""), origin=node.meta["origin"])
-            wrapped.append(Value.of(self._cell(fake, member, path, leaves, fakes, made)))
-        return tree.build(wrapped)
+                member.meta.update(spec=spec, origin=node.meta["origin"])
+            cell = self._fresh_cell(spec, member, _Result(made[0]))
+            if viewed is not None and isinstance(leaves[viewed], Value):
+                cell.base, cell.seen = leaves[viewed].cell, leaves[viewed].cell.root.version
+                cell.step = self._step(leaves, viewed, path, made)
+            wrapped.append(Value.of(cell))
+        return rule.tree.build(wrapped)
 
-    def _cell(
-        self, fake: Any, node: fx.Node, path: Any, leaves: list[Any], fakes: list[Any], made: tuple[Any, Tree]
-    ) -> Cell:
-        func, tree = made
-        what = f"the result of {target_name(func)}"
-        for number, (leaf, given) in enumerate(zip(leaves, fakes, strict=True)):
-            if isinstance(leaf, Value) and _torch.storage_key(given) == _torch.storage_key(fake):
-                filled = [SELF if i == number else self._argument(x) for i, x in enumerate(leaves)]
-                args, kwargs = tree.build(filled)
-                step = (target_name(func), tuple(args), dict(kwargs), tuple(path))
-                cell = self._fresh_cell(fake, node, what)
-                cell.base, cell.step, cell.seen = leaf.cell, step, leaf.cell.root.version
-                return cell
-        return self._fresh_cell(fake, node, what)
+    def _step(self, leaves: list[Any], viewed: int, path: Any, made: tuple[Any, Tree]) -> ViewStep:
+        """How a view was taken."""
+        args, kwargs = made[1].build([SELF if i == viewed else self._argument(x) for i, x in enumerate(leaves)])
+        return (target_name(made[0]), tuple(args), dict(kwargs), tuple(path))
 
     # -- in-place calls ----------------------------------------------------------------------------------------------
 
-    def _mutation(self, func: Any, leaves: list[Any], tree: Tree, number: int, fakes: list[Any], result: Any) -> Any:
+    def _mutation(self, func: Any, leaves: list[Any], tree: Tree, rule: Rule) -> Any:
         """Write an in-place call down as a new value of the base of what it changes."""
-        changed = leaves[number]
+        assert rule.changed is not None
+        changed = leaves[rule.changed]
         cell = changed.cell if isinstance(changed, Value) else self._update_cell(changed)
-        filled = [SELF if i == number else self._argument(x) for i, x in enumerate(leaves)]
-        args, kwargs = tree.build(filled)
+        args, kwargs = tree.build([SELF if i == rule.changed else self._argument(x) for i, x in enumerate(leaves)])
         root = cell.root
         views: list[ViewStep] = []
         while cell.base is not None and cell.step is not None:
             views.insert(0, cell.step)
             cell = cell.base
         before = self._current(root)
-        node = self._add(
-            mutate,
-            (before, tuple(views), target_name(func), tuple(args), dict(kwargs)),
-            {},
-            before.meta["spec"],
-        )
+        asked = (before, tuple(views), target_name(func), tuple(args), dict(kwargs))
+        node = self._add(mutate, asked, {}, before.meta["spec"])
         root.node, root.version, root.seen = node, root.version + 1, root.version + 1
         self._edited(root)
-        return changed if result is fakes[number] else result
+        return changed if rule.returns_changed else rule.tree.build(rule.leaves)
 
     def _update_cell(self, tensor: torch.Tensor) -> Cell:
         """A plain tensor of the user's changed in place by a value: updated after the run."""
-        node, number = self._given_tensor(tensor)[0], self._number(tensor)
-        cell = self._fresh_cell(self._fake_of(tensor), self.updates.get(number, node), "a tensor of yours")
+        node, number = self._given_tensor(tensor), self._number(tensor)
+        cell = self._fresh_cell(self._spec_of(tensor), self.updates.get(number, node), "a tensor of yours")
         cell.handles.append((Update(number), 0))
         return cell
 
@@ -279,7 +285,7 @@ class Body:
         if isinstance(leaf, Value):
             return self._current(leaf.cell)
         if isinstance(leaf, torch.Tensor):
-            return self.updates.get(self._number(leaf), self._given_tensor(leaf)[0])
+            return self.updates.get(self._number(leaf), self._given_tensor(leaf))
         if isinstance(leaf, slice) and any(values_in(leaf)):
             return slice(
                 *(self.numbers(x).item() if isinstance(x, Value) else x for x in (leaf.start, leaf.stop, leaf.step))
@@ -288,35 +294,39 @@ class Body:
             raise TraceError(f"a module cannot be an argument of a recorded call: {type(leaf).__name__}")
         return leaf.item() if type(leaf).__module__ == "numpy" and hasattr(leaf, "item") and not leaf.shape else leaf
 
+    def _spec_of(self, leaf: Any) -> Any:
+        """The spec of a tensor or value; any other leaf itself."""
+        if isinstance(leaf, Value):
+            return leaf.cell.spec
+        if isinstance(leaf, torch.Tensor):
+            return TensorSpec(leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), str(leaf.device))
+        return leaf
+
     def _fake_of(self, leaf: Any) -> Any:
         if isinstance(leaf, Value):
             return leaf.cell.fake
-        return self._given_tensor(leaf)[1] if isinstance(leaf, torch.Tensor) else leaf
+        return _torch.fake_of(self.mode, leaf.detach()) if isinstance(leaf, torch.Tensor) else leaf
 
-    def _given_tensor(self, tensor: torch.Tensor) -> tuple[fx.Node, torch.Tensor]:
-        """The placeholder of a tensor of the user's or of the model's, and its fake twin."""
+    def _given_tensor(self, tensor: torch.Tensor) -> fx.Node:
+        """The placeholder of a tensor of the user's or of the model's."""
         known = self._given.get(id(tensor))
         if known is None:
-            weight = self._weights.get(id(tensor))
+            weight = self._names.get(id(tensor))
             label = f"weight_{len(self.weight_names)}" if weight is not None else f"constant_{len(self.constants)}"
-            node, fake = self._placeholder(label, tensor)
+            node = self.graph.placeholder(label)
+            spec = replace(self._spec_of(tensor), storage=node.name)
+            node.meta.update(spec=spec, origin=Origin(user=user_line(), made_by="body"))
             if weight is not None:
                 self.weight_names[node.name] = weight
             else:
                 self.constants.append(tensor)
                 self._versions.append(_torch.version(tensor))
-            known = self._given[id(tensor)] = (node, fake, tensor)
-        return known[0], known[1]
+            known = self._given[id(tensor)] = (node, tensor)
+        return known[0]
 
     def _number(self, tensor: torch.Tensor) -> int:
         """The number of a constant; -1 for what is none."""
         return next((i for i, constant in enumerate(self.constants) if constant is tensor), -1)
-
-    def _placeholder(self, label: str, tensor: torch.Tensor) -> tuple[fx.Node, torch.Tensor]:
-        node = self.graph.placeholder(label)
-        fake = _torch.fake_of(self.mode, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
-        node.meta.update(spec=spec_of(fake, {}, {}, node.name), origin=Origin(user=user_line(), made_by="body"))
-        return node, fake
 
     def constant_specs(self) -> tuple[tuple[str, TensorSpec], ...]:
         """Placeholder and spec of each constant, by number.

@@ -12,7 +12,7 @@ from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.errors import TraceError
 from fxsight.store import Store
-from fxsight.tracer import Backend, Scan, Tracer
+from fxsight.tracer import BACKENDS, Scan, Tracer
 
 
 class View:
@@ -223,11 +223,11 @@ class Model(View):
     def trace(
         self,
         *args: Any,
-        backend: Backend = "auto",
-        trace: bool = True,
-        scan: bool = True,
-        validate: bool = True,
-        debug: bool = False,
+        backend: Any = "auto",  # these are Any so that f(**batch) of a typed batch is a typed call
+        trace: Any = True,
+        scan: Any = True,
+        validate: Any = True,
+        debug: Any = False,
         **kwargs: Any,
     ) -> Any:
         """A block in which values of ``module(*args, **kwargs)`` are read and written; it runs when the block ends.
@@ -238,6 +238,8 @@ class Model(View):
 
         Raises: TraceError without any input.
         """
+        if backend not in BACKENDS:
+            raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
         if not trace:
             return self._module(*args, **kwargs)
         if not args and not kwargs:

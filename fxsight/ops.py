@@ -101,7 +101,9 @@ class Operations:
     def __len__(self) -> int:
         return len(self._names())
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: str | Operation) -> bool:
+        if isinstance(name, Operation):
+            return any(name == op for op in self)
         try:
             self[name]
         except (AddressError, NotExecuted):

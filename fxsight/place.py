@@ -19,6 +19,7 @@ from fxsight.book import Call, Const, Leaf, Opaque, Ref, Structure, Weight
 from fxsight.errors import NotExecuted, UnknownAddress, nearest
 from fxsight.node import binding_of, origin_of
 from fxsight.program import Program
+from fxsight.rules import Table
 from fxsight.source import Source, SourceReader
 from fxsight.spec import TensorSpec
 from fxsight.targets import target_name
@@ -94,6 +95,7 @@ class Places:
         self.reader = reader
         self._found: dict[Address, Place] = {}
         self._located: dict[tuple[str, str], tuple[Structure, tuple[Location | None, ...]]] = {}
+        self.rules: Table = {}
         self._specs: dict[tuple[tuple[str, int], ...], dict[str, TensorSpec]] = {}
 
     def locations(self, place: Place, port: str) -> tuple[Structure, tuple[Location | None, ...]]:

@@ -47,7 +47,8 @@ class State:
 class Recorder:
     """Records one body over one program, for inputs of given sizes.
 
-    weights: names of the model's parameters and buffers by ``id``.  demand: computes nodes at once, for bodies that
+    weights: asked for the names of the model's parameters and buffers by ``id``.  demand: computes nodes at once, for
+    bodies that
     need a number.
     """
 
@@ -55,13 +56,13 @@ class Recorder:
         self,
         places: Places,
         sizes: Mapping[str, int],
-        weights: Mapping[int, str],
+        weights: Callable[[], Mapping[int, str]],
         demand: Demand,
         lookup: Callable[[str], torch.Tensor],
     ) -> None:
         self.places, self.program, self.sizes, self.lookup = places, places.program, sizes, lookup
         self._specs = places.specs(sizes)
-        self.body = Body(self, weights, demand, sizes, self._edited)
+        self.body = Body(self, weights, demand, sizes, self._edited, places.rules)
         self.is_open = True
         self._states: dict[tuple[str, str, int], State] = {}
         self._saved: list[Any] = []

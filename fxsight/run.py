@@ -80,11 +80,11 @@ class Executable:
                 )
 
     def run(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> Sequence[Any]:
-        """The results, for input leaves that are known to fit."""
+        """The results, for input leaves that are known to fit: tensors of their own, no two the same."""
         arguments = self._arguments(leaves, constants)
         if self._lowered is None:
             self._lowered = inductor(self.program, arguments, self.fixed)
-        return self._lowered(*arguments)
+        return _own(self._lowered(*arguments), arguments)
 
     def run_keeping(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Every value that is computed, by name of its node; in the eager tier."""
@@ -107,6 +107,16 @@ class Executable:
         return self.program.text
 
     __repr__ = __str__
+
+
+def _own(results: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """Operators may return their argument itself (``dropout`` in eval): such a result is a copy."""
+    taken = set(map(id, arguments))
+    own: list[Any] = []
+    for result in results:
+        own.append(result.clone() if id(result) in taken and isinstance(result, torch.Tensor) else result)
+        taken.add(id(result))
+    return own
 
 
 def weight_fetcher(module: nn.Module, name: str) -> Fetch:

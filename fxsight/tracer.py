@@ -28,6 +28,7 @@ from fxsight.value import Value
 from fxsight.write import check_write, present
 
 Backend = Literal["auto", "eager", "inductor"]
+BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")
 
 
 class Tracer:
@@ -48,9 +49,10 @@ class Tracer:
 
     def __enter__(self) -> Tracer:
         self._captured, self._sizes = self._captures.find(self._args, self._kwargs)
-        weights = self._captures.weight_names()
         self._places = self._captures.places(self._captured)
-        self._recorder = Recorder(self._places, self._sizes, weights, self._demand, self._captures.weight)
+        self._recorder = Recorder(
+            self._places, self._sizes, self._captures.weight_names, self._demand, self._captures.weight
+        )
         self._captures.enter(self)
         return self
 
@@ -154,13 +156,11 @@ class Tracer:
         return "inductor" if self._backend == "inductor" else "eager"
 
     def _fill(self, saved: Sequence[Any], results: Sequence[torch.Tensor]) -> None:
-        """Each saved value becomes its tensor; tensors of the user's and the model's stay theirs."""
+        """Each saved value becomes its tensor."""
         values = [leaf for value in saved for leaf in flatten(value)[0] if isinstance(leaf, Value)]
-        taken = {id(t) for t in (*self._leaves, *self._recorder.constants)} | set(self._captures.weight_names())
         pairs: dict[int, tuple[Value, torch.Tensor]] = {}
         for value, tensor in zip(values, results, strict=False):
-            if id(value) not in pairs:
-                pairs[id(value)] = value, _own(tensor, taken)
+            pairs.setdefault(id(value), (value, tensor))
         for value, tensor in pairs.values():
             become(value, tensor)
 
@@ -241,13 +241,6 @@ class At:
     @inputs.setter
     def inputs(self, value: Any) -> None:
         self._tracer.write(self._place, "inputs", value)
-
-
-def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
-    """The tensor, or a copy of one that is somebody's: of the user, the model, or another variable."""
-    own = tensor.clone() if id(tensor) in taken else tensor
-    taken.add(id(own))
-    return own
 
 
 def become(value: Value, tensor: torch.Tensor) -> None:

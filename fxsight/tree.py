@@ -101,6 +101,8 @@ def _flatten(value: Any, leaves: list[Any]) -> Tree:
 def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
     """Kind, keys and members of a container; None for a leaf."""
     cls = type(value)
+    if cls.__module__ == "torch.return_types":
+        return "structseq", range(len(value)), value
     if isinstance(value, tuple):
         kind = "namedtuple" if hasattr(cls, "_fields") else "tuple"
         return kind, range(len(value)), value  # pyright: ignore
@@ -161,6 +163,7 @@ _BUILDERS: dict[str, Callable[[Tree, list[Any]], Any]] = {
     "list": lambda tree, members: members,
     "dict": lambda tree, members: dict(zip(tree.keys, members, strict=True)),
     "namedtuple": lambda tree, members: _class(tree)(*members),
+    "structseq": lambda tree, members: _class(tree)(members),
     "fields": _build_fields,
     "cache": _build_cache,
 }

@@ -46,7 +46,7 @@ class Cell:
     """What stands behind one ``Value``.
 
     spec: dtype, shape, strides and device, in numbers.  fake: the same as a tensor without data, made when a torch call
-    needs it; values that share memory have fakes that do.  node: the value in the intervention's graph.  what, line: for messages.
+    needs it.  node: the value in the intervention's graph.  what, line: for messages.
     base, step: of a view, what it is a view of and how.  version: how often the memory was changed in place, at the
     base; ``seen`` the version that ``node`` belongs to.  handles: locations that an in-place change of it edits.
     """
@@ -61,7 +61,7 @@ class Cell:
     version: int = 0
     seen: int = 0
     handles: list[Any] = field(default_factory=list[Any])
-    known_fake: torch.Tensor | None = None
+    known_fake: torch.Tensor | None = None  # in memory of its own: what shares memory is said by ``base``
 
     @property
     def fake(self) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxsight.editor import Editor
+from fxsight.effects import mutated_storages, storages
 from fxsight.rewrite import Pass
 from fxsight.spec import TensorSpec
 
@@ -32,8 +33,8 @@ class CancelStack(Pass):
         neg = aten.neg.default(b)                   # f32[8]
 
     Also for ``stack[i]`` and ``stack.select(0, i)``. Safe: stacking copies, so the member has the numbers of the
-    original, in memory nobody changes; members whose dtype stacking would promote are left alone. It is what makes
-    a program that stacks all layers, and then patches each with its own member, causal.
+    original; where the memory of either is changed in place, and where stacking would promote the dtype, it is left
+    alone. It is what makes a program that stacks all layers, and then patches each with its own member, causal.
     """
 
     def rewrite(self, editor: Editor) -> None:
@@ -43,9 +44,10 @@ class CancelStack(Pass):
 
 def cancel_stacks(editor: Editor) -> None:
     """``CancelStack`` on a graph that is being edited."""
+    changed = mutated_storages(editor.calls())
     for node in editor.calls():
         original = _original(node)
-        if original is not None:
+        if original is not None and not (storages(node) | storages(original)) & changed:
             editor.replace(node, original)
             _erase_unused(editor, node)
 

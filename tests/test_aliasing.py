@@ -1,4 +1,4 @@
-"""In-place edits mean what they mean in PyTorch: a matrix of views, methods and locations against plain hooks, bitwise."""
+"""In-place edits mean what they mean in PyTorch: views, methods and locations against plain hooks, bitwise."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def _traced(path: str, port: Port, edit: Change, watch: bool) -> list[Tensor]:
 
 
 def _hooked(path: str, port: Port, edit: Change, watch: bool) -> list[Tensor]:
-    here = [Read(path, port), Edit(path, port, "inplace", edit), Read(path, port)]
+    here: list[Edit | Read] = [Read(path, port), Edit(path, port, "inplace", edit), Read(path, port)]
     others = [Read(p, q) for p, q in LOCATIONS if watch and (p, q) != (path, port)]
     out, reads = run(_net(), (_x(),), {}, [*here, *others, Read("", "output")])
     return [out, *reads[:-1]]
@@ -290,6 +290,7 @@ def test_expanded_memory_refuses_edits_as_torch_does() -> None:
         x[:, :1].expand(-1, 5, -1).mul_(2)
     with pytest.raises(RuntimeError) as caught, _trace():
         _model().first.output[:, :1].expand(-1, 5, -1).mul_(2)
+        _model().output.save()
     assert str(caught.value) == str(torch_says.value)
 
 
@@ -389,9 +390,7 @@ def test_the_model_s_own_in_place_operators_do_not_reach_what_was_read() -> None
         view = _model().blocks[0].act.input[:, 0].save()
         residual = _model().blocks[0].ln2.input.save()
         out = _model().blocks[0].output.save()
-    expected, reads = _reference(
-        Read("blocks.0.act", "input"), Read("blocks.0.ln2", "input"), Read("blocks.0", "output")
-    )
+    _, reads = _reference(Read("blocks.0.act", "input"), Read("blocks.0.ln2", "input"), Read("blocks.0", "output"))
     assert torch.equal(raw, reads[0]) and (raw < 0).any() and torch.equal(view, reads[0][:, 0])
     assert torch.equal(residual, reads[1]) and torch.equal(out, reads[2])
 
@@ -440,13 +439,6 @@ def test_two_handles_of_one_location() -> None:
     lost, kept = expected.clone(), expected.clone()
     lost[:, 1], kept[:, 0] = 0, 0
     assert torch.equal(now, kept) and torch.equal(two, lost)
-
-
-def test_saved_views_do_not_share_memory_with_each_other() -> None:
-    with torch.no_grad(), _trace():
-        whole, part = _model().first.output.save(), _model().first.output[:, 0].save()
-    part.zero_()
-    assert torch.equal(whole, _net().first(_x()))
 
 
 # ------------------------------------------------------------------------------------- assignment, then in place

@@ -69,7 +69,7 @@ def _check_unedited(model: Model, net: Any, args: Any, kwargs: Any) -> None:
 
 
 def _check_module(model: Model, net: Any, entry: Entry, args: Any, kwargs: Any) -> None:
-    steps = [
+    steps: list[Edit | Read] = [
         Read(entry.module, "output"),
         Edit(entry.inner, "output", "assign", _scale),
         Edit(entry.module, "output", "inplace", _zero),

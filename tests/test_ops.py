@@ -67,7 +67,7 @@ def model() -> Model:
 def captured(module: nn.Module, *inputs: Any) -> Model:
     torch.manual_seed(0)
     made = Model(module, cache=False)
-    with made.trace(*inputs):
+    with made.scan(*inputs):
         pass
     return made
 
@@ -346,6 +346,7 @@ def test_names_are_in_the_order_of_the_source(model: Model) -> None:
 def test_in_says_what_can_be_had(model: Model) -> None:
     ops = model.ops
     assert "torch_sin_0" in ops and "torch_sin_0#2" in ops and "aten_sin_0" in ops and "double_0/operator_mul_0" in ops
+    assert ops.double_0 in ops and model.cell.ops.torch_tanh_0 not in ops
     assert "torch_sin_0#3" not in ops and "self_unused_0" not in ops and "sin" not in ops and "not a name" not in ops
 
 
@@ -575,7 +576,8 @@ def test_without_a_source_there_is_a_table() -> None:
 def test_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = Model(Net(), cache=False)
-    model._captures.find((X.to("meta"),), {})
+    with model.scan(X.to("meta")):
+        pass
     assert names(model.ops.find(module_class=Cell)) == ["/self_cell_0", "/self_cell_0#1", "/self_cell_0#2"]
     assert "# f32[batch, 4]" in str(model.ops) and model.layers.ops.module_0.type == "f32[batch, 8]"
 

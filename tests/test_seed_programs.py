@@ -25,7 +25,7 @@ PROMPT = "The Eiffel Tower is in the city of"
 def _net() -> nn.Sequential:
     torch.manual_seed(0)
     layers = OrderedDict([("layer1", nn.Linear(5, HIDDEN)), ("layer2", nn.Linear(HIDDEN, 2))])
-    return nn.Sequential(layers).requires_grad_(False)
+    return nn.Sequential(layers).requires_grad_(False)  # type: ignore[arg-type]
 
 
 @cache
@@ -59,7 +59,7 @@ def test_t1_an_empty_trace() -> None:
     tiny_model = _tiny()
     with tiny_model.trace(_input()) as tracer:
         pass
-    assert tracer.program() == () if False else tracer.program(_input()) == ()
+    assert tracer.program(_input()) == ()
 
 
 def test_t2_an_unsaved_output() -> None:
@@ -89,7 +89,7 @@ def test_t6_functions() -> None:
     tiny_model = _tiny()
     with tiny_model.trace(_input()):
         l1_output = tiny_model.layer1.output
-        l1_amax = torch.argmax(l1_output, dim=1).save()
+        l1_amax = torch.argmax(l1_output, dim=1).save()  # type: ignore[attr-defined]
     assert l1_amax[0] == _layer1().argmax()
 
 
@@ -143,7 +143,7 @@ def test_t10_an_index_error() -> None:
         tiny_model.layer1.output.clone().save()
         tiny_model.layer1.output[:, HIDDEN] = 0
     assert str(caught.value) == "index 10 is out of bounds for dimension 1 with size 10"
-    assert caught.traceback[0].statement.lines == ["tiny_model.layer1.output[:, HIDDEN] = 0"]
+    assert [line.strip() for line in caught.traceback[0].statement.lines] == ["tiny_model.layer1.output[:, HIDDEN] = 0"]
 
 
 def test_t12_shapes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,7 +269,8 @@ def test_f7_all_mlps_skipped() -> None:
     for handle in handles:
         handle.remove()
     assert torch.equal(out, expected)
-    assert "mlp" not in "\n".join(line.partition("#")[0] for line in str(tracer.program).splitlines() if "weight " in line)
+    calls = [n for n in tracer.program.program.nodes.values() if n.op == "call_function"]
+    assert not any("mlp" in argument.name for node in calls for argument in node.all_input_nodes)
 
 
 # ----------------------------------------------------------------------------------------- 001 and 003, GPT-2

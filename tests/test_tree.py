@@ -96,7 +96,7 @@ def test_dataclasses_with_tensors() -> None:
 
 
 def test_model_outputs() -> None:
-    out = CausalLMOutputWithPast(logits=torch.zeros(1, 2), hidden_states=(torch.ones(1), torch.ones(2)))  # type: ignore[arg-type]
+    out = CausalLMOutputWithPast(logits=torch.zeros(1, 2), hidden_states=(torch.ones(1), torch.ones(2)))
     leaves, tree = flatten(out)
     assert (tree.kind, tree.keys, len(leaves)) == ("fields", ("logits", "hidden_states"), 3)
     built = tree.build(leaves)

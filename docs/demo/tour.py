@@ -80,6 +80,15 @@ def patch(model: fxsight.Model, ids: Tensor, block: int, position: int, state: T
     return cast(Tensor, logits)
 
 
+def look_inside_attention(model: fxsight.Model, ids: Tensor, block: int) -> Tensor:
+    """Open the fused attention of one block: where each position looks, f32[1, heads, length, length]."""
+    with model.trace(ids, use_cache=False):
+        function = model.transformer.h[block].attn.source.attention_interface_0
+        fused = function.source.torch_nn_functional_scaled_dot_product_attention_0
+        pattern = fused.source.softmax_0.output.save()
+    return cast(Tensor, pattern)
+
+
 def read_block(model: fxsight.Model, ids: Tensor, block: int) -> tuple[Tensor, Executable]:
     """Read one block's output and nothing behind it; with the program that ran."""
     with model.trace(ids, use_cache=False) as tracer:
@@ -258,8 +267,20 @@ def show_grid(console: Console, demo: Demo) -> None:
         cells = [Text(f" {chance:.3f} ", style=_shade(chance)) for chance in row]
         table.add_row(f"block {block}", *cells)
     console.print(table)
-    console.print("\nThe fact starts at the subject's last token and ends at the last position. One cell:\n")
+    console.print("\nThe fact starts at the subject's tokens and ends at the last position. One cell:\n")
     show_code(console, patch)
+
+
+def show_attention(console: Console, demo: Demo) -> None:
+    """What the last position looks at in the block where the fact arrives."""
+    pattern = look_inside_attention(demo.model, demo.prompt, 2)[0, :, -1]
+    console.print("Between blocks 1 and 2 the fact moves. Block 2, what the last position looks at:\n")
+    table = plain_table("", *map(repr, demo.words(demo.prompt)))
+    for head, row in enumerate(pattern.tolist()):
+        table.add_row(f"head {head}", *(Text(f" {weight:.2f} ", style=_shade(weight)) for weight in row))
+    console.print(table)
+    console.print("\nAttention is one fused operator here; it was opened at this one place:\n")
+    show_code(console, look_inside_attention)
 
 
 def _shade(chance: float) -> Style:
@@ -334,6 +355,7 @@ def show_causality(console: Console, demo: Demo) -> None:
 SECTIONS: Final[dict[str, Callable[[Console, Demo], None]]] = {
     "Predictions before and after an edit": show_predictions,
     "Every block, three positions": show_grid,
+    "Inside fused attention": show_attention,
     "The operations of the edited layer": show_operations,
     "The program that ran": show_program,
     "What nobody reads is not computed": show_early_stop,
