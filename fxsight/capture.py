@@ -312,7 +312,8 @@ class _Builder:
         device, _, enabled, _, body, *rest = args
         if enabled or torch.is_autocast_enabled(str(device)):
             raise CaptureError(
-                f"{type(self.module).__name__} switches autocast {'on' if enabled else 'off'} in its own forward, under which "
+                f"{type(self.module).__name__} switches autocast {'on' if enabled else 'off'} in its own forward, "
+                "under which "
                 "its operators would be captured without their casts; cast explicitly, or trace without autocast"
             )
         return self._region(body, rest)

@@ -123,11 +123,24 @@ def _is_method(prefix: str, name: str) -> bool:
     return not name.startswith("_") or name.strip("_") in _OPERATORS
 
 
-_OPERATORS = frozenset(
-    "getitem setitem add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv div rdiv idiv floordiv rfloordiv "
-    "ifloordiv mod rmod imod pow rpow ipow matmul rmatmul imatmul neg pos invert abs and rand iand or ror ior xor rxor ixor "
-    "lshift rlshift ilshift rshift rrshift irshift eq ne lt le gt ge iter len".split()
+_INFIX = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "div",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
 )
+_OTHER = ("getitem", "setitem", "neg", "pos", "invert", "abs", "eq", "ne", "lt", "le", "gt", "ge", "iter", "len")
+_OPERATORS = frozenset([*_OTHER, *(side + name for name in _INFIX for side in ("", "r", "i"))])
 
 
 def _is_tensor_function(target: Any) -> bool:

@@ -147,7 +147,8 @@ class View:
         except AttributeError:
             known = ", ".join(name for name, _ in module.named_children()) or "no children"
             raise AttributeError(
-                f"{type(module).__name__} at {str(self.address) or 'the root'} has no attribute {name!r}; it has {known}"
+                f"{type(module).__name__} at {str(self.address) or 'the root'} has no attribute {name!r}; "
+                f"it has {known}"
             ) from None
         return self._child(name) if isinstance(found, nn.Module) else found
 

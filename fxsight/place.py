@@ -153,11 +153,13 @@ class Places:
         calls = sum(path == address.module for path, _ in modules)
         if calls:
             raise NotExecuted(
-                f"{address.place}: this forward calls {address.module!r} {_times(calls)}; the last is {address.module}#{calls - 1}"
+                f"{address.place}: this forward calls {address.module!r} {_times(calls)}; "
+                f"the last is {address.module}#{calls - 1}"
             )
         paths = sorted({path for path, _ in modules})
         raise NotExecuted(
-            f"{address.place}: this forward never calls the module {address.module!r}, so it has no input and no output; "
+            f"{address.place}: this forward never calls the module {address.module!r}, "
+            "so it has no input and no output; "
             f"{nearest(address.module, paths) or 'see model.ops for what runs'}"
         )
 

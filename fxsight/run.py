@@ -55,7 +55,8 @@ class Executable:
         leaves, tree = flatten((args, kwargs))
         if tree != self.program.inputs:
             raise InputError(
-                f"these inputs have another structure than those the program was made for: {self.program.inputs.to_json()}"
+                f"these inputs have another structure than those the program was made for: "
+                f"{self.program.inputs.to_json()}"
             )
         sizes = bind_sizes(self.program, leaves)
         self._check_fixed(leaves, sizes)
@@ -76,7 +77,8 @@ class Executable:
         for name, value in self.fixed.items():
             if sizes.get(name, value) != value:
                 raise InputError(
-                    f"the body looked at sizes, so its program holds for {name} = {value}, not {sizes[name]}; trace again"
+                    f"the body looked at sizes, so its program holds for {name} = {value}, "
+                    f"not {sizes[name]}; trace again"
                 )
 
     def run(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> Sequence[Any]:

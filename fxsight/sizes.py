@@ -39,9 +39,6 @@ def _bind(sizes: dict[str, int], spec: TensorSpec, leaf: Any, what: str) -> None
     if str(leaf.device) != spec.device:
         raise InputError(f"{what} is on {leaf.device}, and this program runs on {spec.device}")
     for dim, value in zip(spec.shape, leaf.shape, strict=True):
-        if isinstance(dim, sympy.Symbol):
-            expected = sizes.setdefault(dim.name, value)
-        else:
-            expected = number(dim, sizes)
+        expected = sizes.setdefault(dim.name, value) if isinstance(dim, sympy.Symbol) else number(dim, sizes)
         if expected != value:
             raise InputError(f"{what} is {list(leaf.shape)}, and this program takes {spec} with {sizes}")

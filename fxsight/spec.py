@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -58,6 +58,16 @@ class TensorSpec:
     def contiguous(self) -> bool:
         """Whether the strides are those of a fresh tensor of this shape."""
         return self.stride == contiguous_stride(self.shape)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The shape, when it is known in numbers."""
+        return cast(tuple[int, ...], self.shape)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The strides, when they are known in numbers."""
+        return cast(tuple[int, ...], self.stride)
 
     def at(self, sizes: Mapping[str, int]) -> TensorSpec:
         """With every named size replaced by its number.

@@ -56,7 +56,7 @@ def program_text(header: Header, graph: fx.Graph, address: Callable[[int], str])
     """The whole text; ``address`` names a call of the address book."""
     lines = [*_header_lines(header), "def program("]
     rows = [(f"    {n.name}: {str(binding_of(n))!r},", _note(n, address)) for n in graph.nodes if n.op == "placeholder"]
-    lines += _aligned(rows) + ["):"]
+    lines += [*_aligned(rows), "):"]
     lines += _aligned([(node_line(n), _note(n, address)) for n in graph.nodes if n.op == "call_function"])
     returned = output_node(graph).args[0]
     return "\n".join([*lines, f"    return {argument_text(returned)}", ""])

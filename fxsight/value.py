@@ -89,7 +89,7 @@ class Value(torch.Tensor):
         """The value with the node and shape of ``cell``."""
         spec = cell.spec
         made: Value = torch.Tensor._make_wrapper_subclass(
-            Value, spec.shape, strides=spec.stride, dtype=spec.dtype, device=spec.device
+            Value, spec.numbers, strides=spec.steps, dtype=spec.dtype, device=torch.device(spec.device)
         )
         made.cell = cell
         return made
@@ -103,7 +103,8 @@ class Value(torch.Tensor):
                 raise not_saved(value.cell)
         if len({id(value.cell.recorder) for value in values}) > 1:
             raise TraceError(
-                f"values of two traces in one call: {', '.join(str(v.cell.what) for v in values)}; save the first and use it after its block"
+                f"values of two traces in one call: {', '.join(str(v.cell.what) for v in values)}; "
+                "save the first and use it after its block"
             )
         return values[0].cell.recorder.call(func, args, kwargs)
 

@@ -83,7 +83,8 @@ def check_write(recorder: Recorder, place: Place, port: str, value: Any) -> Iter
         raise WriteError(f"{address} is {_shown(structure)}: there is no tensor to write")
     if tree.size != structure.tree.size or _outline(tree) != _outline(structure.tree):
         raise WriteError(
-            f"{address} is {_kind(structure.tree)}, and what is written is {_kind(tree)}; write the same structure, or one member: .{port}[0] = ..."
+            f"{address} is {_kind(structure.tree)}, and what is written is {_kind(tree)}; "
+            f"write the same structure, or one member: .{port}[0] = ..."
         )
     pairs: list[tuple[Location, Any]] = []
     for location, leaf, there in zip(found, leaves, structure.leaves, strict=True):
@@ -91,7 +92,8 @@ def check_write(recorder: Recorder, place: Place, port: str, value: Any) -> Iter
             pairs.append((location, _fit(recorder, location, leaf)))
         elif not (isinstance(there, Const) and there.value is leaf) and not _unchanged(there, leaf):
             raise WriteError(
-                f"{address}: this member is {there}, fixed when the model was captured, and cannot become {_describe(leaf)}"
+                f"{address}: this member is {there}, fixed when the model was captured, "
+                f"and cannot become {_describe(leaf)}"
             )
     yield from pairs
 
@@ -116,7 +118,8 @@ def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
         raise WriteError(f"{location.address} is {spec}, and what is written is {_describe(leaf)}")
     if leaf.dtype != spec.dtype or str(leaf.device) != spec.device:
         raise WriteError(
-            f"{location.address} is {spec} on {spec.device}, and what is written is {_describe(leaf)}; write value.to({str(spec.dtype)!s})"
+            f"{location.address} is {spec} on {spec.device}, and what is written is {_describe(leaf)}; "
+            f"write value.to({str(spec.dtype)!s})"
         )
     if tuple(leaf.shape) == spec.shape:
         return (

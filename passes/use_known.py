@@ -58,10 +58,14 @@ def fingerprints(graph: fx.Graph, known: UseKnown | None = None) -> Mapping[str,
     for node in nodes:
         if node.op == "placeholder":
             marks[node.name] = _given(binding_of(node), known)
-        elif node.op == "call_function" and all(a.name in marks for a in node.all_input_nodes):
-            if not (storages(node) & changed or mutated_arguments(node)):
-                marks[node.name] = found[node.name] = _mark(node, marks)
+        elif _is_pure(node, changed) and all(a.name in marks for a in node.all_input_nodes):
+            marks[node.name] = found[node.name] = _mark(node, marks)
     return found
+
+
+def _is_pure(node: fx.Node, changed: frozenset[str]) -> bool:
+    """Whether the node is an operation on memory that nothing changes in place."""
+    return node.op == "call_function" and not (storages(node) & changed or mutated_arguments(node))
 
 
 def _given(binding: Binding, known: UseKnown | None) -> str:
@@ -71,7 +75,7 @@ def _given(binding: Binding, known: UseKnown | None) -> str:
 
 
 def _mark(node: fx.Node, marks: Mapping[str, str]) -> str:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: marks[n.name])  # type: ignore[arg-type, return-value]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: marks[n.name])
     place = str(origin_of(node).time) if is_random(node) else ""
     text = f"{target_name(node.target)}{argument_text(args)}{argument_text(kwargs)}{place}"
     return hashlib.sha1(text.encode()).hexdigest()

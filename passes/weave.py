@@ -83,7 +83,7 @@ def _inline(editor: Editor, asked: Intervention) -> dict[str, fx.Node]:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: made[n.name])
             made[node.name] = editor.call(
                 node.target, args, kwargs, spec=_own(spec, node.name), name=node.name, origin=origin
-            )  # type: ignore[arg-type]
+            )
     return made
 
 
