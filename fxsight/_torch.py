@@ -1,3 +1,4 @@
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 """Every private name of torch that fxsight uses, each with its reason and what to wait for.
 
 Seen working on torch 2.11 to 2.13. Nothing else in the package may import a private torch name (ruff TID251).
@@ -43,6 +44,14 @@ SIZE_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "Eq": sympy.Eq,
     "Ne": sympy.Ne,
 }
+
+
+def schema(operator: OpOverload) -> Any:
+    """The schema of an operator: its arguments, and which of them it changes.
+
+    Reason: ``OpOverload._schema`` has no public spelling (1.13+).
+    """
+    return operator._schema
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:

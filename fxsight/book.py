@@ -111,7 +111,7 @@ class Call:
     def from_json(data: Json) -> Call:
         """The inverse of ``to_json``."""
         body = data["body"]
-        changes = {
+        changes: dict[str, Any] = {
             "inputs": Structure.from_json(data["inputs"]),
             "output": Structure.from_json(data["output"]),
             "body": tuple(body) if body else None,

@@ -12,24 +12,24 @@ import keyword
 import operator
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
 from torch import fx, nn
 
 from fxsight import _torch
-from fxsight.book import Book, Call, Opaque, Ref, Structure
+from fxsight.book import Book, Call, Opaque, Ref, SizeRef, Structure
 from fxsight.errors import CaptureError, InputError
 from fxsight.node import Binding, Fixed, InputLeaf, Origin, Size
 from fxsight.program import Program
 from fxsight.provenance import TAG, Libraries, Scribe
 from fxsight.sizes import bind_sizes
 from fxsight.source import SourceReader
-from fxsight.spec import TensorSpec, spec_of, symbol
+from fxsight.spec import TensorSpec, parse_dims, spec_of, symbol
 from fxsight.tree import Tree, flatten
 
 AUTO = torch.export.Dim.AUTO
@@ -117,11 +117,12 @@ def _export(
 
 
 @contextmanager
-def _transformers_patches(module: nn.Module) -> Iterator[None]:
+def _transformers_patches(module: nn.Module) -> Generator[None]:
     """What transformers itself changes in its models while exporting them (``transformers.exporters``)."""
     if not any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__):
         raise CaptureError("not a transformers model")
-    from transformers.exporters.exporter_dynamo import apply_patches, reset_model_state
+    from transformers.exporters.exporter_dynamo import reset_model_state
+    from transformers.exporters.utils import apply_patches
 
     with apply_patches("dynamo"), reset_model_state(module):
         yield
@@ -216,7 +217,7 @@ class _Builder:
             elif spec.kind in (kind.PARAMETER, kind.BUFFER) or _has(self.module, target):
                 yield node, Binding("weight", target), _identifier(target)
             else:
-                self.literals[target] = self.exported.constants[str(spec.target)]
+                self.literals[target] = cast(torch.Tensor, self.exported.constants[str(spec.target)])
                 yield node, Binding("literal", target), _identifier(target)
 
     def _input_leaves(self) -> Iterator[InputLeaf]:
@@ -347,11 +348,18 @@ class _Builder:
     def _structure(self, structure: Structure) -> Structure:
         """References by time become references by node."""
         names = (self.by_time.get(int(x.node)) if isinstance(x, Ref) else "" for x in structure.leaves)
-        pairs = zip(structure.leaves, names, strict=True)
+        renamed = {symbol(str(old)): new for old, new in self.names.items()}
+        sized = [_renamed(x, renamed) if isinstance(x, SizeRef) else x for x in structure.leaves]
+        pairs = zip(sized, names, strict=True)
         return replace(
             structure,
             leaves=tuple(x if n == "" else Ref(n) if n else Opaque("unused tensor") for x, n in pairs),
         )
+
+
+def _renamed(size: SizeRef, names: Mapping[Any, sympy.Symbol]) -> SizeRef:
+    expr = parse_dims(size.expr)[0]
+    return size if isinstance(expr, int) else SizeRef(str(expr.xreplace(names)))
 
 
 def _is_assertion(node: fx.Node) -> bool:

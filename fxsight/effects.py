@@ -35,10 +35,10 @@ def _storages(spec: Any) -> Iterator[str]:
 def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments whose memory the operator changes, by its schema."""
     target = node.target
-    if not isinstance(target, _torch.OpOverload) or not target._schema.is_mutable:
+    if not isinstance(target, _torch.OpOverload) or not _torch.schema(target).is_mutable:
         return ()
     found: list[fx.Node] = []
-    for number, argument in enumerate(target._schema.arguments):
+    for number, argument in enumerate(_torch.schema(target).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[number] if number < len(node.args) else node.kwargs.get(argument.name)
             found += [v for v in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(v, fx.Node)]

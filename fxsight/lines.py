@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 from types import FrameType
 
 import torch
@@ -14,7 +14,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 def user_line() -> str:
     """``file:line`` of the innermost frame outside fxsight and torch; empty when there is none."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith((_OURS, _TORCH)):
         frame = frame.f_back
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -142,6 +142,8 @@ class View:
 
     def __getattr__(self, name: str) -> Any:
         module: nn.Module = self.__dict__["_module"]
+        if name in ("output", "input", "inputs"):  # the property raised NotExecuted, an AttributeError: raise it again
+            return self._read(name)
         try:
             found = getattr(module, name)
         except AttributeError:

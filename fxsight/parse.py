@@ -166,6 +166,8 @@ def _literal(node: ast.expr) -> Any:
             found = getattr(torch, name, None)
             if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
                 return found
+        case _:
+            pass
     try:
         return ast.literal_eval(node)
     except ValueError:

@@ -8,7 +8,7 @@ input, those inside the call.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,8 @@ class Place:
             return self.output, 0
         if port == "inputs":
             return self.inputs, 0
+        if not self.inputs.leaves:  # called without arguments
+            return Structure(LEAF, (Const(None),)), 0
         args, kwargs = self.inputs.tree.children
         number = 0 if args.children else args.size
         first = (args.children or kwargs.children or (LEAF,))[0]
@@ -154,7 +156,7 @@ class Places:
         if calls:
             raise NotExecuted(
                 f"{address.place}: this forward calls {address.module!r} {_times(calls)}; "
-                f"the last is {address.module}#{calls - 1}"
+                f"the last is {_numbered(address.module, calls - 1)}"
             )
         paths = sorted({path for path, _ in modules})
         raise NotExecuted(
@@ -168,7 +170,7 @@ class Places:
         made = [c for c in self.program.book.children(call) if c.name == step.name]
         if made:
             return NotExecuted(
-                f"{place}/{step}: {step.name} runs {_times(len(made))} here; the last is {step.name}#{len(made) - 1}"
+                f"{place}/{step}: {step.name} runs {_times(len(made))} here; the last is {_numbered(step.name, len(made) - 1)}"
             )
         site = source.find(step.name) if source is not None else None
         if site is not None and step.name in call.ran:
@@ -194,7 +196,7 @@ class Places:
 
     def node_places(self, call: Call) -> Mapping[str, Place]:
         """Every node made by a call or below it, under its own stable name: operator and number in the call."""
-        inside = {c.id for c in self.program.book.within(call)} if call.kind != "module" else self._own(call)
+        inside = self._own(call) if call.kind == "module" else {c.id for c in self._below(call)}
         counts: dict[str, int] = {}
         found: dict[str, Place] = {}
         for node in self.program.graph.nodes:
@@ -207,17 +209,26 @@ class Places:
 
     def _own(self, call: Call) -> set[int]:
         """The call and what is below it, without other modules."""
-        found = {call.id}
+        return {c.id for c in self._below(call, modules=False)}
+
+    def _below(self, call: Call, modules: bool = True) -> Iterator[Call]:
+        """The call and what is below it, but not what the operators below it were opened to: that has its own names."""
+        yield call
         for child in self.program.book.children(call):
-            if child.kind != "module":
-                found |= self._own(child)
-        return found
+            if child.kind == "torch":
+                yield child
+            elif modules or child.kind != "module":
+                yield from self._below(child, modules)
 
     def _node_place(self, call: Call, name: str, node: fx.Node) -> Place:
         time = origin_of(node).time
         inputs = _structure_of((tuple(node.args), dict(node.kwargs)))
         output = Structure(LEAF, (Ref(node.name),))
         return Place(self.program.book.address(call).step(name), f"%{node.name}", inputs, output, time - 0.5, time)
+
+
+def _numbered(name: str, n: int) -> str:
+    return f"{name}#{n}" if n else name
 
 
 def _times(count: int) -> str:

@@ -17,7 +17,7 @@ import inspect
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -92,7 +92,7 @@ class Scribe:
         self._libraries = Libraries()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> Generator[None]:
         """Active inside: hooks on the modules, torch calls, Python calls. All removed on the way out."""
         tensors = [
             *self.root.named_parameters(remove_duplicate=False),
@@ -100,12 +100,14 @@ class Scribe:
         ]
         self._weights = {id(t): name for name, t in reversed(tensors)}
         handles = [h for m in self.root.modules() for h in self._hook(m)]
-        before = sys.getprofile()
+        before, tracing = sys.getprofile(), sys.gettrace()
         try:
             with _TorchCalls(self):
                 sys.setprofile(self._profile)
+                sys.settrace(self._trace)
                 yield
         finally:
+            sys.settrace(tracing)
             sys.setprofile(before)
             for handle in handles:
                 handle.remove()
@@ -178,7 +180,7 @@ class Scribe:
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         with self._not_watching():
             path = self._paths[id(module)]
-            site, line = self._site(self._stack[-1] if self._stack else None, sys._getframe(1))
+            site, line = self._site(self._stack[-1] if self._stack else None, inspect.currentframe())
             name = site.name if site is not None else path.rpartition(".")[2] or "root"
             call = self._begin("module", type(module).__name__, name, line)
             call.module, call.module_call = (
@@ -205,10 +207,19 @@ class Scribe:
             self._enter_function(frame)
         elif event == "return" and frame in self._frames:
             self._leave_function(frame, arg)
-        elif event == "c_call" and self._stack and frame is self._stack[-1].frame:
-            site, _ = self._site(self._stack[-1], frame)
+
+    def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
+        """Write down which places of a source are reached: those of every instruction in the model's own frames."""
+        if event == "call" and self._stack and self._is_own(frame.f_code):
+            frame.f_trace_lines, frame.f_trace_opcodes = False, True
+            return self._trace
+        if event == "opcode" and self._stack:
+            top, found = self._stack[-1], self._table(frame.f_code).get(frame.f_lasti)
+            inside = frame is top.frame or frame.f_code.co_name in _INNER_CODE
+            site = top.source.at(*found) if found is not None and inside and top.source is not None else None
             if site is not None:
-                self._stack[-1].ran[site.name] = None
+                top.ran[site.name] = None
+        return self._trace
 
     def _enter_function(self, frame: FrameType) -> None:
         with self._not_watching():
@@ -250,6 +261,8 @@ class Scribe:
         """Make one torch call and write it down."""
         with self._not_watching():
             name = getattr(func, "__name__", type(func).__name__)
+            if name == "__get__" and func.__self__.__name__ in ("T", "mT", "H", "mH", "real", "imag", "data"):
+                name = func.__self__.__name__
             if (
                 name == "__get__"
                 or func is torch.ops.aten.alias.default
@@ -257,7 +270,7 @@ class Scribe:
                 or self._stack[-1].frame is None
             ):
                 return func(*args, **kwargs)
-            site, line = self._site(self._stack[-1], sys._getframe(2))
+            site, line = self._site(self._stack[-1], inspect.currentframe())
             label = site.name if site is not None else "torch_" + re.sub(r"\W", "_", name.strip("_"))
             call = self._begin("torch", name, label, line)
             call.inputs = self._structure((args, kwargs))
@@ -295,11 +308,13 @@ class Scribe:
         return Opaque(type(value).__qualname__)
 
     @contextmanager
-    def _not_watching(self) -> Iterator[None]:
+    def _not_watching(self) -> Generator[None]:
         sys.setprofile(None)
+        sys.settrace(None)
         try:
             yield
         finally:
+            sys.settrace(self._trace)
             sys.setprofile(self._profile)
 
 
@@ -331,6 +346,8 @@ class Libraries:
 
     def short(self, file: str) -> str:
         """The path below the folder it is imported from: the same on every machine."""
+        if file.startswith(self._here):
+            return "fxsight/" + file.removeprefix(self._here)
         return next((file.removeprefix(root) for root in self._roots if file.startswith(root)), file)
 
 

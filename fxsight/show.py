@@ -289,7 +289,7 @@ def _site_note(site: Site, body: Body, program: Program) -> str:
     """What stands behind the line of an operation; nothing where nothing is known."""
     if site.name in body.calls:
         return _note(body.calls[site.name], program)
-    return NOT_EXECUTED if site.kind == "call" and site.name not in body.ran else ""
+    return NOT_EXECUTED if site.name not in body.ran else ""
 
 
 def _note(calls: Sequence[Call], program: Program) -> str:

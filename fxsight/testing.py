@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxsight.book import Book, Call, Const, Ref, Structure
+from fxsight.book import Book, Call, Ref, Structure
 from fxsight.lower import eager
 from fxsight.node import Binding, tensor_spec
 from fxsight.parse import parse_program

@@ -1,12 +1,15 @@
 """Programs on disk: read back bit for bit, never trusted, never in the way."""
 
 import errno
+import hashlib
 import importlib
 import linecache
 import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -17,7 +20,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxsight import store
 from fxsight.captures import Captures
 from fxsight.errors import FxsightWarning
 from fxsight.parse import parse_program
@@ -63,8 +65,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def kept() -> tuple[str, bytes]:
     """A file that holds the program of ``net()`` for one input."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         captured(net(), Path(folder))
         (path,) = Path(folder).glob("*.zip")
@@ -235,7 +235,7 @@ def test_a_foreign_file_is_removed(
 ) -> None:
     good = filled(folder, kept)
     data = rewritten(kept[1], changes, folder / "rewritten")
-    digest = __import__("hashlib").sha256(data).hexdigest()[:16]
+    digest = hashlib.sha256(data).hexdigest()[:16]
     foreign = folder / f"{kept[0].partition('-')[0]}-{digest}.zip"
     good.unlink()
     foreign.write_bytes(data)
@@ -414,7 +414,7 @@ def written_in_no_file() -> nn.Module:
 
 
 def with_a_lock() -> nn.Module:
-    return changed(lambda n: setattr(n, "lock", __import__("threading").Lock()))
+    return changed(lambda n: setattr(n, "lock", threading.Lock()))
 
 
 LOCAL: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
@@ -471,15 +471,15 @@ def test_a_folder_that_can_only_be_read_is_read(
     kept: tuple[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled(folder, kept)
-    monkeypatch.setattr(store.tempfile, "mkstemp", refusing(errno.EROFS))
-    monkeypatch.setattr(store.os, "utime", refusing(errno.EROFS))
+    monkeypatch.setattr(tempfile, "mkstemp", refusing(errno.EROFS))
+    monkeypatch.setattr(os, "utime", refusing(errno.EROFS))
     assert captured(net(), folder)[0] == 0
     with pytest.warns(FxsightWarning, match="Read-only file system"):
         assert captured(net(3.0), folder)[0] == 1
 
 
 def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store.os, "replace", refusing(errno.ENOSPC))
+    monkeypatch.setattr(os, "replace", refusing(errno.ENOSPC))
     with pytest.warns(FxsightWarning, match="No space left on device"):
         assert captured(net(), folder)[0] == 1
     assert names(folder) == []
