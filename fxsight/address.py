@@ -27,7 +27,7 @@ Key = int | str
 
 _STEP = re.compile(r"(?P<name>[^\W\d]\w*)(?:#(?P<n>\d+))?")
 _MODULE = re.compile(r"(?P<name>(?:[^\s./:#\[\]]+(?:\.[^\s./:#\[\]]+)*)?)(?:#(?P<n>\d+))?")
-_KEY = re.compile(r"\[(?P<key>-?\d+|'(?:[^'\\]|\\.)*')\]")
+_KEY = re.compile(r"""\[(?P<key>-?\d+|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\]""")
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +73,8 @@ class Address:
 
     def _order(self) -> tuple[object, ...]:
         natural = tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in self.module.split("."))
-        return (natural, self.call, self.steps, self.port, tuple(map(str, self.keys)))
+        keys = tuple((0, key, "") if isinstance(key, int) else (1, 0, key) for key in self.keys)
+        return (natural, self.call, self.steps, self.port, keys)
 
     @property
     def place(self) -> Address:

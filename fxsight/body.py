@@ -95,6 +95,7 @@ class Body:
         self.weight_names: dict[str, str] = {}
         self.updates: dict[int, fx.Node] = {}
         self.looked: set[str] = set()
+        self.mutated: list[Cell] = []
         self._owner, self._weights, self._demand, self._sizes, self._edited = owner, weights, demand, sizes, edited
         self._given: dict[int, tuple[fx.Node, torch.Tensor]] = {}
         self._versions: list[int] = []
@@ -199,6 +200,12 @@ class Body:
     def _fresh_cell(self, spec: TensorSpec, node: fx.Node, what: object) -> Cell:
         return Cell(self._owner, spec, node, what, user_line())
 
+    def _name(self, func: Any) -> str:
+        try:
+            return target_name(func)
+        except TextError as error:
+            raise TraceError(str(error)) from None
+
     def _add(self, func: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
         try:
             label = target_name(func).rpartition(".")[2].strip("_")
@@ -240,16 +247,17 @@ class Body:
         assert rule.changed is not None
         changed = leaves[rule.changed]
         cell = changed.cell if isinstance(changed, Value) else self._update_cell(changed)
-        args, kwargs = tree.build([SELF if i == rule.changed else self._argument(x) for i, x in enumerate(leaves)])
+        args, kwargs = tree.build([SELF if x is changed else self._argument(x) for x in leaves])
         root = cell.root
         views: list[ViewStep] = []
         while cell.base is not None and cell.step is not None:
             views.insert(0, cell.step)
             cell = cell.base
         before = self._current(root)
-        asked = (before, tuple(views), target_name(func), tuple(args), dict(kwargs))
+        asked = (before, tuple(views), self._name(func), tuple(args), dict(kwargs))
         node = self._add(mutate, asked, {}, before.meta["spec"])
         root.node, root.version, root.seen = node, root.version + 1, root.version + 1
+        self.mutated.append(root)
         self._edited(root)
         return changed if rule.returns_changed else rule.tree.build(rule.leaves)
 

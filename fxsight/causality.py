@@ -32,6 +32,17 @@ def check_causal(recorder: Recorder, location: Location, value: Any) -> None:
     Weave(recorder.trial(Write(location, node.name, False, user_line())))(recorder.program)
 
 
+def check_edit(recorder: Recorder, location: Location, node: fx.Node) -> None:
+    """The same for an in-place edit, which is among the recorder's writes already.
+
+    Raises: CausalityError.
+    """
+    if any(since > location.since for since in _read_times(recorder, node)):
+        from fxsight.passes.weave import Weave
+
+        Weave(recorder.intervention(()))(recorder.program)
+
+
 def _read_times(recorder: Recorder, node: fx.Node) -> list[float]:
     times = recorder.read_times()
     seen: set[fx.Node] = set()

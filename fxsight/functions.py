@@ -45,7 +45,7 @@ PYTHON: Mapping[str, Target] = {
             "not_",
         ]
     },
-    "getattr": getattr,
+    "getattr": getattr,  # only of ``ATTRIBUTES``: see ``check_call``
     "math.ceil": math.ceil,
     "math.floor": math.floor,
     "torch.sym_max": torch.sym_max,
@@ -56,6 +56,8 @@ PYTHON: Mapping[str, Target] = {
     "torch.sym_ite": torch.sym_ite,
     "torch.sym_sqrt": getattr(torch, "_sym_sqrt", math.sqrt),
 }
+# What ``getattr`` may take of a tensor.
+ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
 _ROOTS: tuple[tuple[str, Any], ...] = (
     ("torch.nn.functional.", torch.nn.functional),
     ("torch.Tensor.", torch.Tensor),
@@ -111,9 +113,16 @@ def find_function(name: str) -> Target:
         rest = name.removeprefix(prefix)
         if rest != name and "." not in rest:
             found: Target | None = getattr(root, rest, None)
-            if found is not None and (_is_method(prefix, rest) or _is_tensor_function(found)):
+            if found is not None and _is_allowed(prefix, rest, found):
                 return found
     raise TextError(f"no function {name!r}; a program calls aten.*, torch.*, torch.Tensor.* and operator.getitem")
+
+
+def _is_allowed(prefix: str, name: str, found: Target) -> bool:
+    if prefix == "torch.Tensor.":
+        return _is_method(prefix, name)
+    in_place = name.endswith("_") and not name.startswith("_") and prefix in ("torch.", "torch.nn.init.")
+    return _is_tensor_function(found) or (in_place and callable(found))
 
 
 def _is_method(prefix: str, name: str) -> bool:

@@ -256,10 +256,12 @@ class Model(View):
 
 def save(value: Any) -> Any:
     """Keep every value in a structure: after the block they are plain tensors.  Returns: the structure."""
-    from fxsight.value import values_in
+    from fxsight.value import not_saved, values_in
 
     first = next(values_in(value), None)
     if first is None:
         raise TraceError("nothing to save: no value of a trace in it")
+    if not first.cell.recorder.is_open:
+        raise not_saved(first.cell)
     first.cell.recorder.keep(value)
     return value

@@ -23,7 +23,7 @@ from fxsight.errors import TextError
 from fxsight.node import Binding, Fixed, InputLeaf, Origin, OutputLeaf, Size
 from fxsight.program import Program
 from fxsight.spec import SizeSpec, Spec, TensorSpec, contiguous_stride, parse_dims, parse_expr, parse_tensor
-from fxsight.targets import find_target
+from fxsight.targets import check_call, find_target
 from fxsight.tree import Tree
 
 
@@ -32,6 +32,16 @@ def parse_program(text: str, book: Book | None = None, literals: Mapping[str, to
 
     Raises: TextError, naming the line, for anything that is not such a text.
     """
+    try:
+        return _parse_program(text, book, literals)
+    except _DAMAGE as error:
+        raise TextError(f"not a program: {type(error).__name__}: {error}") from None
+
+
+_DAMAGE = (SyntaxError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError)
+
+
+def _parse_program(text: str, book: Book | None, literals: Mapping[str, torch.Tensor] | None) -> Program:
     function, notes = _parse(text)
     fields = dict(re.findall(r"^# (sizes|where|made by|inputs|outputs): (.*)$", text, re.MULTILINE))
     name = re.search(r"^# program (.*)$", text, re.MULTILINE)
@@ -93,7 +103,8 @@ def _size(text: str) -> Size:
 
 def _history(text: str) -> list[str]:
     """Split at commas outside brackets."""
-    return re.findall(r"(?:[^,(\[]|\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^\]]*\])+", text.replace(", ", ","))
+    parts = re.findall(r"(?:[^,(\[]|\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^\]]*\])+", text)
+    return [part.strip() for part in parts]
 
 
 def _expression(text: str) -> Any:
@@ -120,8 +131,11 @@ class _Reader:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call):
                 kwargs = {k.arg: self._value(k.value) for k in call.keywords if k.arg is not None}
-                target = find_target(ast.unparse(call.func))
-                node = graph.create_node("call_function", target, tuple(map(self._value, call.args)), kwargs, name)
+                target, args = find_target(ast.unparse(call.func)), tuple(map(self._value, call.args))
+                if len(kwargs) < len(call.keywords):
+                    raise TextError(f"line {statement.lineno}: no ** in a program")
+                check_call(target, args)
+                node = graph.create_node("call_function", target, args, kwargs, name)
                 self._add(node, name, statement.lineno)
             case ast.Return(value=ast.expr() as value):
                 graph.output(self._value(value))

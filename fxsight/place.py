@@ -170,7 +170,8 @@ class Places:
         made = [c for c in self.program.book.children(call) if c.name == step.name]
         if made:
             return NotExecuted(
-                f"{place}/{step}: {step.name} runs {_times(len(made))} here; the last is {_numbered(step.name, len(made) - 1)}"
+                f"{place}/{step}: {step.name} runs {_times(len(made))} here; "
+                f"the last is {_numbered(step.name, len(made) - 1)}"
             )
         site = source.find(step.name) if source is not None else None
         if site is not None and step.name in call.ran:

@@ -14,6 +14,7 @@ program: the book is data.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 import sysconfig
@@ -261,8 +262,8 @@ class Scribe:
         """Make one torch call and write it down."""
         with self._not_watching():
             name = getattr(func, "__name__", type(func).__name__)
-            if name == "__get__" and func.__self__.__name__ in ("T", "mT", "H", "mH", "real", "imag", "data"):
-                name = func.__self__.__name__
+            if name == "__get__" and _of(func) in ("T", "mT", "H", "mH", "real", "imag", "data"):
+                name = _of(func)
             if (
                 name == "__get__"
                 or func is torch.ops.aten.alias.default
@@ -336,7 +337,6 @@ class Libraries:
         self._torch = inspect.getfile(torch).rpartition("__init__")[0]
         self._here = __file__.rpartition("provenance")[0]
         self._python = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib")})
-        self._roots = sorted((p.rstrip("/") + "/" for p in sys.path if p), key=len, reverse=True)
 
     def is_model_code(self, file: str) -> bool:
         """Whether a file can hold model code."""
@@ -348,7 +348,10 @@ class Libraries:
         """The path below the folder it is imported from: the same on every machine."""
         if file.startswith(self._here):
             return "fxsight/" + file.removeprefix(self._here)
-        return next((file.removeprefix(root) for root in self._roots if file.startswith(root)), file)
+        folder = os.path.dirname(file)
+        while os.path.exists(os.path.join(folder, "__init__.py")):
+            folder = os.path.dirname(folder)
+        return os.path.relpath(file, folder) if os.path.isabs(file) else file
 
 
 def _border(value: Any) -> Any:
@@ -392,6 +395,11 @@ def _arguments(frame: FrameType) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args += info.locals.get(info.varargs, ()) if info.varargs else ()
     kwargs.update(info.locals.get(info.keywords, {}) if info.keywords else {})
     return tuple(args), kwargs
+
+
+def _of(getter: Any) -> str:
+    """The attribute a getter gets."""
+    return str(getter.__self__.__name__)
 
 
 def _is_in_place(name: str, kwargs: Any) -> bool:

@@ -20,7 +20,7 @@ from fxsight.body import Body, Demand, Update
 from fxsight.errors import LostEditWarning, WriteError
 from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
-from fxsight.node import Fixed, Origin
+from fxsight.node import Fixed, Origin, origin_of
 from fxsight.place import Location, Places
 from fxsight.spec import TensorSpec
 from fxsight.tree import LEAF, Tree, flatten
@@ -64,6 +64,7 @@ class Recorder:
         self._specs = places.specs(sizes)
         self.body = Body(self, weights, demand, sizes, self._edited, places.rules)
         self.is_open = True
+        self.on_edit: Callable[[Location, fx.Node], None] = lambda location, node: None
         self._states: dict[tuple[str, str, int], State] = {}
         self._saved: list[Any] = []
         self._dressed: list[tuple[Any, list[Any], Address]] = []
@@ -165,11 +166,9 @@ class Recorder:
                 self.body.updates[state.number] = root.node
                 continue
             if state.version != version:
-                warnings.warn(
+                lost_edit(
                     f"{user_line()}: this in-place edit changes a value read before {state.location.address} was "
-                    "written again; it has no effect on the model: read the location anew and edit that",
-                    LostEditWarning,
-                    stacklevel=5,
+                    "written again; it has no effect on the model: read the location anew and edit that"
                 )
                 continue
             state.node = root.node
@@ -179,6 +178,7 @@ class Recorder:
                 state.assigned, state.line = root.node, user_line()
             else:
                 state.in_place, state.in_place_line = root.node, user_line()
+            self.on_edit(state.location, root.node)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -193,7 +193,20 @@ class Recorder:
         """
         self.undress()
         saves = tuple(self._save(value) for value in self._saved)
-        return self.intervention(saves), self._saved
+        asked = self.intervention(saves)
+        self._warn_of_lost_edits(asked)
+        return asked, self._saved
+
+    def _warn_of_lost_edits(self, asked: Intervention) -> None:
+        """An in-place edit of a copy, or of a result, that nothing uses afterwards."""
+        used = {w.value for w in asked.writes} | {x for s in asked.saves for x in s.leaves if isinstance(x, str)}
+        used |= {name for _, name in asked.updates}
+        for root in self.body.mutated:
+            if not root.handles and not root.node.users and root.node.name not in used:
+                lost_edit(
+                    f"{origin_of(root.node).user}: this in-place edit is of {root.what}, which nothing reads "
+                    "afterwards; it has no effect on the model: edit the output itself, or write the copy to it"
+                )
 
     def intervention(self, saves: tuple[Save, ...]) -> Intervention:
         """What has been asked for so far."""
@@ -237,6 +250,12 @@ class Recorder:
     def save_of(self, nodes: Sequence[fx.Node]) -> Save:
         """A save of some nodes, as a tuple."""
         return Save(Tree("tuple", "", tuple(range(len(nodes))), (LEAF,) * len(nodes)), tuple(n.name for n in nodes))
+
+
+def lost_edit(message: str) -> None:
+    """Warn at the user's line."""
+    file, _, line = user_line().rpartition(":")
+    warnings.warn_explicit(message, LostEditWarning, file or "<body>", int(line or 0))
 
 
 def _plain(value: Any) -> Fixed:

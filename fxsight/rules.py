@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fxsight import _torch
+from fxsight.errors import TraceError
 from fxsight.spec import TensorSpec
 from fxsight.tree import Tree, flatten
 
@@ -83,9 +84,10 @@ def _try(func: Any, tree: Tree, fakes: list[Any], mode: Any) -> Rule:
             result = func(*args, **kwargs)
     except _torch.NeedsData:
         return Rule(tree, needs_data=True)
-    changed = next(
-        (i for i, f in enumerate(fakes) if isinstance(f, torch.Tensor) and _torch.version(f) != before[i]), None
-    )
+    moved = [i for i, f in enumerate(fakes) if isinstance(f, torch.Tensor) and _torch.version(f) != before[i]]
+    if len({id(fakes[i]) for i in moved}) > 1:
+        raise TraceError(f"{getattr(func, '__name__', func)} changes several tensors in place; write one call for each")
+    changed = moved[-1] if moved else None  # ``out=`` comes last
     found, shape = flatten(result)
     returned = changed is not None and result is fakes[changed]
     views = tuple(_view_of(leaf, fakes) for leaf in found)

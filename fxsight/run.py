@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,12 @@ class Executable:
         ]
         self._order = [(b.kind, b.key) for b in program.bindings.values()]
         self._lowered: Lowered | None = eager(program) if tier == "eager" else None
+
+    def bound(self, constants: Sequence[torch.Tensor]) -> Executable:
+        """The same program with constants of its own."""
+        own = copy.copy(self)
+        own.constants = list(constants)
+        return own
 
     @property
     def history(self) -> tuple[str, ...]:

@@ -167,9 +167,12 @@ def parse_tensor(text: str) -> tuple[torch.dtype, tuple[Dim, ...]]:
 
 def parse_dims(text: str) -> tuple[Dim, ...]:
     """Dimensions from ``batch, 2*length, 768``."""
-    body = ast.parse(f"({text},)" if text.strip() else "()", mode="eval").body
-    assert isinstance(body, ast.Tuple)
-    return tuple(int(e) if (e := parse_expr(x)).is_Integer else e for x in body.elts)
+    try:
+        body = ast.parse(f"({text},)" if text.strip() else "()", mode="eval").body
+        assert isinstance(body, ast.Tuple)
+        return tuple(int(e) if (e := parse_expr(x)).is_Integer else e for x in body.elts)
+    except (SyntaxError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise TextError(f"not sizes: {text!r}: {error}") from None
 
 
 _OPERATORS: Mapping[type, Any] = {

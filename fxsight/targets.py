@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 
 from fxsight.errors import TextError
-from fxsight.functions import find_function, function_name
+from fxsight.functions import ATTRIBUTES, find_function, function_name
 from fxsight.mutate import mutate
 
 Target = Callable[..., Any]
@@ -31,6 +32,21 @@ def find_target(name: str) -> Target:
     Raises: TextError when there is none, or when a program may not call it.
     """
     return mutate if name == "mutate" else find_function(name)
+
+
+def check_call(target: Any, args: Any) -> None:
+    """A call reads from a program may make: no attribute but views of tensors, no function but those with names.
+
+    Raises: TextError.
+    """
+    if target is getattr and not (len(args) == 2 and args[1] in ATTRIBUTES):
+        raise TextError(f"getattr takes one of {', '.join(sorted(ATTRIBUTES))} of a tensor")
+    if target is operator.getitem and not isinstance(args[1] if len(args) == 2 else None, int):
+        raise TextError("operator.getitem takes a member by its number")
+    if target is mutate:
+        names = [step[0] for step in args[1]] + [args[2]]
+        for name in names:
+            find_target(name)
 
 
 def argument_text(value: Any) -> str:

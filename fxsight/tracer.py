@@ -7,6 +7,7 @@ what was saved into plain tensors: in place, for every variable that holds them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -15,7 +16,7 @@ from torch import fx
 
 from fxsight.address import Address
 from fxsight.captures import Captures
-from fxsight.causality import check_causal
+from fxsight.causality import check_causal, check_edit
 from fxsight.errors import NeedsValueError, TraceError, UnknownAddress
 from fxsight.intervention import Intervention
 from fxsight.lines import user_line
@@ -24,7 +25,7 @@ from fxsight.place import Location, Place
 from fxsight.record import Recorder
 from fxsight.run import Executable
 from fxsight.tree import flatten
-from fxsight.value import Value
+from fxsight.value import Value, values_in
 from fxsight.write import check_write, present
 
 Backend = Literal["auto", "eager", "inductor"]
@@ -53,6 +54,7 @@ class Tracer:
         self._recorder = Recorder(
             self._places, self._sizes, self._captures.weight_names, self._demand, self._captures.weight
         )
+        self._recorder.on_edit = partial(check_edit, self._recorder)
         self._captures.enter(self)
         return self
 
@@ -120,7 +122,12 @@ class Tracer:
         return At(self, self.place(Address.parse(address) if isinstance(address, str) else address))
 
     def read(self, place: Place, port: str) -> Any:
-        """The value at a port: values, in the structure that the model has there."""
+        """The value at a port: values, in the structure that the model has there.
+
+        Raises: TraceError when the block has ended.
+        """
+        if not self._recorder.is_open:
+            raise TraceError(f"{place.address.at(port)} has a value only inside a trace: with model.trace(...):")
         return present(self._recorder, place, port, self._write_leaf)
 
     def write(self, place: Place, port: str, value: Any) -> None:
@@ -128,6 +135,12 @@ class Tracer:
 
         Raises: WriteError, CausalityError at the user's line.
         """
+        for leaf in values_in(value):
+            if leaf.cell.recorder is not self._recorder:
+                raise TraceError(
+                    f"{place.address.at(port)} is written a value of another trace ({leaf.cell.what}); "
+                    "save it there and write it after that block"
+                )
         for location, leaf in check_write(self._recorder, place, port, value):
             self._write_leaf(location, leaf)
 
@@ -145,7 +158,7 @@ class Tracer:
         asked, saved = self._recorder.finish()
         self._executable = self._captures.executable(
             self._captured, asked, self._recorder.constants, self._tier(), self._use_known()
-        )
+        ).bound([*self._recorder.constants, *self._known.values()])
         results = list(self._executable.run(self._leaves, [*self._recorder.constants, *self._known.values()]))
         self._fill(saved, results)
         for (number, _), value in zip(asked.updates, results[len(results) - len(asked.updates) :], strict=True):
@@ -254,3 +267,4 @@ def become(value: Value, tensor: torch.Tensor) -> None:
         swap(value, plain)
     except RuntimeError:  # something else refers to this very tensor (a view of it): swap with a view, too
         swap(value, plain.view_as(plain))
+    value.__dict__["value"] = value.view_as(value)  # another tensor of the same memory: no cycle

@@ -106,12 +106,12 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
     if isinstance(value, tuple):
         kind = "namedtuple" if hasattr(cls, "_fields") else "tuple"
         return kind, range(len(value)), value  # pyright: ignore
-    if cls is list:
+    if isinstance(value, list):
         return "list", range(len(value)), value
-    if cls in (dict, OrderedDict):
-        return "dict", list(value), list(value.values())
     if is_model_output(value):
         return "fields", list(value.keys()), list(value.values())
+    if isinstance(value, dict):
+        return "dict", list(value), list(value.values())
     if is_cache(value):
         return "cache", *_open_cache(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -92,7 +92,7 @@ def check_write(recorder: Recorder, place: Place, port: str, value: Any) -> Iter
             pairs.append((location, _fit(recorder, location, leaf)))
         elif not (isinstance(there, Const) and there.value is leaf) and not _unchanged(there, leaf):
             raise WriteError(
-                f"{address}: this member is {there}, fixed when the model was captured, "
+                f"{address}: this member is {_leaf_text(there)}, fixed when the model was captured, "
                 f"and cannot become {_describe(leaf)}"
             )
     yield from pairs
@@ -158,4 +158,14 @@ def _kind(tree: Tree) -> str:
 
 
 def _shown(structure: Structure) -> str:
-    return ", ".join(str(leaf.value) if isinstance(leaf, Const) else str(leaf) for leaf in structure.leaves)
+    return ", ".join(_leaf_text(leaf) for leaf in structure.leaves)
+
+
+def _leaf_text(leaf: Leaf) -> str:
+    match leaf:
+        case Const(value):
+            return str(value)
+        case SizeRef(expr):
+            return expr
+        case _:
+            return str(leaf)

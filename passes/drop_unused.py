@@ -32,7 +32,7 @@ class DropUnused(Pass):
         """Walk backwards from what is returned."""
         needed: set[fx.Node] = set(editor.output.all_input_nodes)
         memory = {s for node in needed for s in storages(node)} | _weights(editor)
-        draws = False
+        draws = False  # whether something later draws random numbers: what draws before it must, too
         for node in reversed(editor.calls()):
             changed = {s for argument in mutated_arguments(node) for s in storages(argument)}
             if node in needed or changed & memory or (draws and is_random(node)):

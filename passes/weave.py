@@ -271,7 +271,10 @@ def _check_order(editor: Editor, asked: Intervention) -> None:
 def _causality_error(asked: Intervention, stuck: set[str]) -> CausalityError:
     """The error for a body whose values need each other: which write, and through which reads."""
     write = next((w for w in reversed(asked.writes) if w.value in stuck), asked.writes[-1])
-    later = [r.location for r in asked.reads if r.location.since > write.location.since]
+    needed, nodes = {write.value}, list(asked.graph.nodes)
+    for node in reversed(nodes):
+        needed |= {a.name for a in node.all_input_nodes} if node.name in needed else set()
+    later = [r.location for r in asked.reads if r.name in needed and r.location.since > write.location.since]
     through = " -> ".join(
         [str(write.location.address), *(str(r.address) for r in sorted(later, key=lambda r: r.since))]
     )
