@@ -129,6 +129,10 @@ class Body:
             raise TraceError(
                 f"{_attribute_name(func)} of a traced value: gradients inside a trace are not supported yet"
             )
+        if name.startswith("_foreach"):
+            raise TraceError(f"{name} changes several tensors in place; write one call for each")
+        if func is torch.autograd.grad:
+            raise TraceError("torch.autograd.grad of a traced value: gradients inside a trace are not supported yet")
         if name in _NUMBERS:
             return func(*self.numbers(args), **self.numbers(kwargs))
         if name in (

@@ -111,6 +111,7 @@ def _export(
 ) -> torch.export.ExportedProgram:
     with ExitStack() as stack:
         stack.enter_context(_torch.honest_sizes())
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # a capture draws nothing from the user's numbers
         if patched:
             stack.enter_context(_transformers_patches(flat.module))
         return torch.export.export(flat, tensors, strict=False, dynamic_shapes={"leaves": shapes})

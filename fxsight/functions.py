@@ -121,7 +121,11 @@ def find_function(name: str) -> Target:
 def _is_allowed(prefix: str, name: str, found: Target) -> bool:
     if prefix == "torch.Tensor.":
         return _is_method(prefix, name)
-    in_place = name.endswith("_") and not name.startswith("_") and prefix in ("torch.", "torch.nn.init.")
+    in_place = (
+        name.endswith("_")
+        and not name.startswith("_")
+        and prefix in ("torch.", "torch.nn.init.", "torch.nn.functional.")
+    )
     return _is_tensor_function(found) or (in_place and callable(found))
 
 

@@ -63,7 +63,8 @@ def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int
     with mode:
         _propagate(module, example)
     compiled = _torch.compile_graph(module, example)
-    return lambda *args: compiled(*args)
+    inputs = [binding_of(place).kind == "input" for place in places]
+    return lambda *args: compiled(*(a.contiguous() if i else a for a, i in zip(args, inputs, strict=True)))
 
 
 def _graph_module(program: Program) -> fx.GraphModule:

@@ -224,7 +224,8 @@ class Places:
     def _node_place(self, call: Call, name: str, node: fx.Node) -> Place:
         time = origin_of(node).time
         inputs = _structure_of((tuple(node.args), dict(node.kwargs)))
-        output = Structure(LEAF, (Ref(node.name),))
+        known = isinstance(node.meta.get("spec"), TensorSpec)
+        output = Structure(LEAF, (Ref(node.name) if known else Opaque("several values: its members are nodes, too"),))
         return Place(self.program.book.address(call).step(name), f"%{node.name}", inputs, output, time - 0.5, time)
 
 

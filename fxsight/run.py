@@ -36,6 +36,7 @@ class Executable:
     ) -> None:
         self.program, self.module, self.tier = program, module, tier
         self.constants = list(constants)
+        self.decided = False
         self.fixed = dict(fixed)
         self._fetch = [
             self._fetcher(b.kind, b.key) for b in program.bindings.values() if b.kind in ("weight", "literal")
@@ -43,10 +44,10 @@ class Executable:
         self._order = [(b.kind, b.key) for b in program.bindings.values()]
         self._lowered: Lowered | None = eager(program) if tier == "eager" else None
 
-    def bound(self, constants: Sequence[torch.Tensor]) -> Executable:
-        """The same program with constants of its own."""
+    def bound(self, constants: Sequence[torch.Tensor], decided: bool) -> Executable:
+        """The same program with constants of its own; ``decided``: its body has looked at numbers of one run."""
         own = copy.copy(self)
-        own.constants = list(constants)
+        own.constants, own.decided = list(constants), decided
         return own
 
     @property
@@ -59,6 +60,8 @@ class Executable:
 
         Raises: InputError for inputs that the program does not hold for.
         """
+        if self.decided:
+            raise InputError("the body has looked at numbers, so its program holds for that one run; trace again")
         leaves, tree = flatten((args, kwargs))
         if tree != self.program.inputs:
             raise InputError(

@@ -170,7 +170,10 @@ def parse_dims(text: str) -> tuple[Dim, ...]:
     try:
         body = ast.parse(f"({text},)" if text.strip() else "()", mode="eval").body
         assert isinstance(body, ast.Tuple)
-        return tuple(int(e) if (e := parse_expr(x)).is_Integer else e for x in body.elts)
+        found = tuple(int(e) if (e := parse_expr(x)).is_Integer else e for x in body.elts)
+        if any(not isinstance(e, int) and e.is_finite is False for e in found):
+            raise TextError(f"not sizes: {text!r}: not finite")
+        return found
     except (SyntaxError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise TextError(f"not sizes: {text!r}: {error}") from None
 

@@ -9,7 +9,9 @@ What is wrong is an ``AssertionError`` that shows it: the lines that differ, or 
 from __future__ import annotations
 
 import difflib
+import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +27,7 @@ from fxsight.program import Program
 from fxsight.rewrite import Pass
 from fxsight.run import weight_fetcher
 from fxsight.spec import TensorSpec
+from fxsight.text import node_line
 from fxsight.tree import LEAF, Tree, flatten
 from fxsight.verify import verify
 
@@ -89,10 +92,11 @@ def _same_text(what: str, expected: str, found: str) -> None:
 
 def _same_numbers(label: str, found: Sequence[Any], expected: Sequence[Any], tolerance: float) -> None:
     assert len(found) == len(expected), f"{label}: it returns {len(found)} values, not {len(expected)}; give equals=..."
-    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
-        torch.testing.assert_close(
-            a, b, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, n=number: f"{label}: value {n}: {m}"
-        )
+    for number, pair in enumerate(zip(found, expected, strict=True)):
+        try:
+            torch.testing.assert_close(*pair, rtol=tolerance, atol=tolerance, equal_nan=True)
+        except AssertionError as error:
+            raise AssertionError(f"{label}: value {number}: {error}") from None
 
 
 # -- running ---------------------------------------------------------------------------------------------------------
@@ -149,12 +153,79 @@ def _copies(leaves: Inputs) -> list[Any]:
 # -- programs --------------------------------------------------------------------------------------------------------
 
 
+def program_of(lines: str) -> Program:
+    """A program from its lines alone, as ``Program.text`` has them, without the header.
+
+        x: 'input 0'                               # f32[batch, 8]
+        w: 'weight w'                              # f32[8, 8]
+        half = aten.slice.Tensor(x, 1, 0, 4)       # f32[batch, 4]  {stride='8, 1', shares='x'}
+        return (half,)
+
+    Sizes are at least 1. The time of an operator is the number of its line among the operators, from 1, where the line
+    gives none; all have addresses in the root module: ``/aten_slice_0``.
+
+    Raises: TextError.
+    """
+    rows = [line.strip() for line in lines.strip().splitlines()]
+    given = [row.partition("#") for row in rows if re.match(r"\w+: '", row)]
+    calls = [row for row in rows if re.match(r"\w+ = ", row)]
+    returned = re.findall(r"\w+", rows[-1].removeprefix("return"))
+    inputs = [(name.partition(":")[0], spec.strip()) for name, _, spec in given if "'input " in name]
+    sizes = dict.fromkeys(re.findall(r"[a-z_]\w*", " ".join(spec.partition("[")[2] for _, spec in inputs)))
+    text = [
+        "# program Written",
+        *([f"# sizes: {', '.join(f'{size} >= 1' for size in sizes)}"] if sizes else []),
+        f"# inputs: {_leaves(_pair(len(inputs)), [{'type': spec, 'shares': name} for name, spec in inputs])}",
+        f"# outputs: {_leaves(_members(len(returned)), [None] * len(returned))}",
+        "def program(",
+        *(f"    {name.strip().removesuffix(',')},  # {spec.strip()}" for name, _, spec in given),
+        "):",
+        *(f"    {_timed(row, number)}" for number, row in enumerate(calls, 1)),
+        f"    return ({''.join(f'{name}, ' for name in returned)})",
+        "",
+    ]
+    return parse_program("\n".join(text), _book([name for name, _ in inputs], returned, len(calls) + 1))
+
+
+def listing(program: Program) -> str:
+    """The operators of a program and what it returns, one a line, without types, addresses and origins."""
+    rows = [node_line(n).strip() for n in program.graph.nodes if n.op == "call_function"]
+    return "\n".join([*rows, f"return ({''.join(f'{n.name}, ' for n in program.results).strip()})"])
+
+
+def _timed(row: str, number: int) -> str:
+    """The line with a time and the root as its call, where it has none."""
+    given = "time=" in row or "call=" in row
+    if row.endswith("}") and not given:
+        return f"{row[:-1]}, call=0, time={number}}}"
+    return row if given else f"{row}  {{call=0, time={number}}}"
+
+
+def _members(count: int) -> Tree:
+    return Tree("tuple", "", tuple(range(count)), (LEAF,) * count)
+
+
+def _pair(count: int) -> Tree:
+    return Tree("tuple", "", (0, 1), (_members(count), Tree("dict")))
+
+
+def _leaves(tree: Tree, leaves: Sequence[Any]) -> str:
+    return json.dumps([tree.to_json(), leaves])
+
+
+def _book(inputs: Sequence[str], returned: Sequence[str], end: int) -> Book:
+    """An address book of the root module alone."""
+    given = Structure(_pair(len(inputs)), tuple(map(Ref, inputs)))
+    output = Structure(_members(len(returned)), tuple(map(Ref, returned)))
+    return Book((Call(0, None, "module", "root", 0, "", 0, "Written", "", None, given, output, 0, end),))
+
+
 def random_program(seed: int, size: int = 16, *, in_place: bool = True) -> Program:
-    """A program as a capture makes them, of about ``size`` operators, for property tests; without exporting anything.
+    """A program like captured ones, of about ``size`` operators, for property tests; nothing is exported for it.
 
     It has two inputs (f32[batch, 8]), weights, views, borders of modules (``alias``), stacks that are taken apart
-    again, values nobody needs, dropout and, with ``in_place``, operators that change memory others see. Every node
-    has a time and an address in the root module: ``/aten_relu_0``. The same seed gives the same program.
+    again, values nobody needs, dropout and, with ``in_place``, operators that change memory others see. Addresses are
+    those of ``program_of``. The same seed gives the same program.
     """
     draft = _Draft(random.Random(seed))
     makers = [draft.unary, draft.binary, draft.linear, draft.border, draft.view, draft.stack, draft.dropout]
@@ -172,14 +243,19 @@ class _Value:
     row: int = 8
     storage: str = ""
 
-    def note(self, time: int | None = None) -> str:
+    def note(self) -> str:
         """The note behind its line."""
-        extras = {} if self.row == self.width else {"stride": f"{self.row}, 1"}
-        extras |= {} if self.storage == self.name else {"shares": self.storage}
-        text = ", ".join(f"{k}={v!r}" for k, v in extras.items())
-        own = "" if time is None else f"call=0, time={time}"
-        braces = ", ".join(filter(None, (text, own)))
-        return f"    # f32[batch, {self.width}]" + (f"  {{{braces}}}" if braces else "")
+        stride = f"stride='{self.row}, 1', " if self.row != self.width else ""
+        shares = f"shares={self.storage!r}" if self.storage != self.name else ""
+        return f"# f32[batch, {self.width}]" + (f"  {{{stride}{shares}}}" if shares else "")
+
+
+_GIVEN: tuple[str, ...] = (
+    "x: 'input 0'  # f32[batch, 8]",
+    "y: 'input 1'  # f32[batch, 8]",
+    "weight: 'weight weight'  # f32[8, 8]",
+    "bias: 'weight bias'  # f32[8]",
+)
 
 
 @dataclass
@@ -187,9 +263,8 @@ class _Draft:
     """A random program being written. Every method appends lines."""
 
     rng: random.Random
-    lines: list[str] = field(default_factory=list[str])
+    lines: list[str] = field(default_factory=lambda: list(_GIVEN))
     values: list[_Value] = field(default_factory=lambda: [_Value("x", storage="x"), _Value("y", storage="y")])
-    count: int = 0
 
     def unary(self) -> None:
         """One value to another."""
@@ -200,7 +275,7 @@ class _Draft:
     def binary(self) -> None:
         """Two values of one width to a third."""
         x = self._any()
-        y = self.rng.choice([v for v in self.values if v.width == x.width])
+        y = self._any(x.width)
         self._new(f"aten.{self.rng.choice(['add', 'sub', 'mul'])}.Tensor({x.name}, {y.name})", x.width)
 
     def linear(self) -> None:
@@ -220,17 +295,17 @@ class _Draft:
 
     def stack(self) -> None:
         """Two values stacked, and one of them taken out again."""
-        x, y, number = self._any(8), self._any(8), len(self.lines)
-        note = f"call=0, time={self._tick()}"
-        self.lines.append(
-            f"stack_{number} = aten.stack.default([{x.name}, {y.name}])    # f32[2, batch, 8]  {{{note}}}"
-        )
-        out = _Value(f"stack_{number}", storage=f"stack_{number}")
-        self._new(f"aten.select.int(stack_{number}, 0, {self.rng.randrange(2)})", like=out)
+        name = f"stack_{len(self.lines)}"
+        members = f"[{self._any(8).name}, {self._any(8).name}]"
+        self.lines.append(f"{name} = aten.stack.default({members})  # f32[2, batch, 8]")
+        self._new(f"aten.select.int({name}, 0, {self.rng.randrange(2)})", like=_Value("", storage=name))
 
     def dropout(self) -> None:
         """Random numbers."""
-        self._new(f"aten.native_dropout.default({self._any(8).name}, 0.5, True)", members=2)
+        name = f"dropout_{len(self.lines)}"
+        call = f"aten.native_dropout.default({self._any(8).name}, 0.5, True)"
+        self.lines.append(f"{name} = {call}  # (f32[batch, 8], b1[batch, 8])")
+        self._new(f"operator.getitem({name}, 0)", like=_Value("", storage=f"{name}[0]"))
 
     def change(self) -> None:
         """A value changed in place: all with its memory see it. Inputs and weights are left alone."""
@@ -243,46 +318,13 @@ class _Draft:
     def program(self) -> Program:
         """The finished program; it returns some of the values."""
         returned = self.rng.sample(self.values, min(len(self.values), self.rng.randint(1, 3)))
-        header = ["# program Random", "# sizes: batch >= 1", "# made by: capture"]
-        header += [f"# inputs: {_INPUTS}", f"# outputs: {_outputs(len(returned))}", "def program("]
-        header += ["    x: 'input 0',    # f32[batch, 8]", "    y: 'input 1',    # f32[batch, 8]"]
-        header += ["    weight: 'weight weight',    # f32[8, 8]", "    bias: 'weight bias',    # f32[8]", "):"]
-        names = "".join(f"{v.name}, " for v in returned)
-        text = "\n".join([*header, *(f"    {line}" for line in self.lines), f"    return ({names})", ""])
-        return parse_program(text, _book(self.count + 1, [v.name for v in returned]))
+        return program_of("\n".join([*self.lines, f"return ({', '.join(v.name for v in returned)},)"]))
 
     def _any(self, width: int | None = None) -> _Value:
         return self.rng.choice([v for v in self.values if width in (None, v.width)])
 
-    def _tick(self) -> int:
-        self.count += 1
-        return self.count
-
-    def _new(self, call: str, width: int = 8, like: _Value | None = None, members: int = 0) -> None:
-        name, time = f"v{len(self.values)}", self._tick()
-        if members:
-            note = f"(f32[batch, {width}], b1[batch, {width}])  {{call=0, time={time}}}"
-            self.lines.append(f"{name}_all = {call}    # {note}")
-            call, time = f"operator.getitem({name}_all, 0)", self._tick()
-            like = _Value(name, width, width, f"{name}_all[0]")
+    def _new(self, call: str, width: int = 8, like: _Value | None = None) -> None:
+        name = f"v{len(self.values)}"
         value = _Value(name, width, width, name) if like is None else replace(like, name=name)
-        self.lines.append(f"{name} = {call}{value.note(time)}")
+        self.lines.append(f"{name} = {call}  {value.note()}")
         self.values.append(value)
-
-
-_PAIR = '["tuple", "", [0, 1], [["tuple", "", [0, 1], [0, 0]], ["dict", "", [], []]]]'
-_INPUTS = f'[{_PAIR}, [{{"type": "f32[batch, 8]", "shares": "x"}}, {{"type": "f32[batch, 8]", "shares": "y"}}]]'
-
-
-def _outputs(count: int) -> str:
-    members, nulls = list(range(count)), ", ".join(["null"] * count)
-    return f'[["tuple", "", {members}, {[0] * count}], [{nulls}]]'
-
-
-def _book(end: int, returned: Sequence[str]) -> Book:
-    """An address book of the root module alone."""
-    args = Tree("tuple", "", (0, 1), (LEAF, LEAF))
-    inputs = Structure(Tree("tuple", "", (0, 1), (args, Tree("dict"))), (Ref("x"), Ref("y")))
-    tree = Tree("tuple", "", tuple(range(len(returned))), (LEAF,) * len(returned))
-    output = Structure(tree, tuple(map(Ref, returned)))
-    return Book((Call(0, None, "module", "root", 0, "", 0, "Random", "", None, inputs, output, 0, end),))

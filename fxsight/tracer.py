@@ -25,7 +25,7 @@ from fxsight.place import Location, Place
 from fxsight.record import Recorder
 from fxsight.run import Executable
 from fxsight.tree import flatten
-from fxsight.value import Value, values_in
+from fxsight.value import Value, not_saved, values_in
 from fxsight.write import check_write, present
 
 Backend = Literal["auto", "eager", "inductor"]
@@ -60,7 +60,7 @@ class Tracer:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    ) -> bool | None:
         self._captures.leave(self)
         stopped = isinstance(error, Stopped) and error.trace is self
         self._recorder.is_open = error is None or stopped
@@ -69,7 +69,7 @@ class Tracer:
                 self._finish()
         finally:
             self._recorder.is_open = False
-        return stopped
+        return stopped or None
 
     @property
     def program(self) -> Executable:
@@ -136,9 +136,11 @@ class Tracer:
         Raises: WriteError, CausalityError at the user's line.
         """
         for leaf in values_in(value):
+            if not leaf.cell.recorder.is_open:
+                raise not_saved(leaf.cell)
             if leaf.cell.recorder is not self._recorder:
                 raise TraceError(
-                    f"{place.address.at(port)} is written a value of another trace ({leaf.cell.what}); "
+                    f"{place.address.at(port)} is written {leaf.cell.what}, a value of another trace; "
                     "save it there and write it after that block"
                 )
         for location, leaf in check_write(self._recorder, place, port, value):
@@ -158,7 +160,7 @@ class Tracer:
         asked, saved = self._recorder.finish()
         self._executable = self._captures.executable(
             self._captured, asked, self._recorder.constants, self._tier(), self._use_known()
-        ).bound([*self._recorder.constants, *self._known.values()])
+        ).bound([*self._recorder.constants, *self._known.values()], bool(self._known))
         results = list(self._executable.run(self._leaves, [*self._recorder.constants, *self._known.values()]))
         self._fill(saved, results)
         for (number, _), value in zip(asked.updates, results[len(results) - len(asked.updates) :], strict=True):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 Json = Any
 
@@ -106,11 +107,11 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
     if isinstance(value, tuple):
         kind = "namedtuple" if hasattr(cls, "_fields") else "tuple"
         return kind, range(len(value)), value  # pyright: ignore
-    if isinstance(value, list):
+    if cls in _LISTS:
         return "list", range(len(value)), value
     if is_model_output(value):
         return "fields", list(value.keys()), list(value.values())
-    if isinstance(value, dict):
+    if cls in _DICTS:
         return "dict", list(value), list(value.values())
     if is_cache(value):
         return "cache", *_open_cache(value)
@@ -119,6 +120,10 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
         if any(isinstance(member, torch.Tensor) for member in members.values()):
             return "fields", list(members), list(members.values())
     return None
+
+
+_LISTS = (list, immutable_list)  # arguments of fx nodes are immutable ones
+_DICTS = (dict, OrderedDict, immutable_dict)
 
 
 def is_model_output(value: Any) -> bool:

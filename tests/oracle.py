@@ -154,9 +154,7 @@ def _intercepted(
     module = net.get_submodule(name)
     if port == "output":
         return module.register_forward_hook(lambda _module, _args, output: arrive(output))
-    return module.register_forward_pre_hook(
-        lambda _module, args, kwargs: arrive((args, kwargs)), with_kwargs=True
-    )
+    return module.register_forward_pre_hook(lambda _module, args, kwargs: arrive((args, kwargs)), with_kwargs=True)
 
 
 def _on_call(n: int, visit: Visit) -> Callable[[Any], Any]:

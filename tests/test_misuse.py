@@ -271,7 +271,7 @@ def test_a_call_too_many() -> None:
         with _model().trace(_x()):
             _model().layers[0].call(1).output  # here
 
-    _misuse(body, NotExecuted, "layers.0#1: this forward calls 'layers.0' once; the last is layers.0#0")
+    _misuse(body, NotExecuted, "layers.0#1: this forward calls 'layers.0' once; the last is layers.0")
 
 
 def test_a_module_that_does_not_exist() -> None:
@@ -454,7 +454,10 @@ def test_a_value_of_one_trace_written_in_another() -> None:
             with other.trace(_x()):
                 other.layers[1].output = value  # here
 
-    message = "layers.0:output is a value of another trace; save it there and write it after that block"
+    message = (
+        "layers.1:output is written layers.0:output, a value of another trace; "
+        "save it there and write it after that block"
+    )
     _misuse(body, TraceError, message)
 
 

@@ -96,9 +96,7 @@ def test_names_of_gpt2_mlp() -> None:
 
 
 def test_names_of_the_probe() -> None:
-    expected = (
-        "torch_relu_0 torch_relu_1 self_l_0 sum_0 f_0 mean_0 torch_tanh_0 unknown_0 self_l_1 view_0 x_size_0"
-    )
+    expected = "torch_relu_0 torch_relu_1 self_l_0 sum_0 f_0 mean_0 torch_tanh_0 unknown_0 self_l_1 view_0 x_size_0"
     assert read(PROBE).names("call") == tuple(expected.split())
 
 
@@ -587,9 +585,7 @@ def expressions() -> st.SearchStrategy[str]:
     names = st.sampled_from(["x", "y", "self", "f_0", "operator"])
     attributes = st.sampled_from(["add", "T", "c_attn", "_x", "ü"])
     space = st.sampled_from(["", " ", "\n "])
-    infixes = st.sampled_from(
-        [*"+-*/%@&|^<>", "//", "**", "<<", ">>", "<=", "==", "!=", ">=", "is", "in", "and", "or"]
-    )
+    infixes = st.sampled_from([*"+-*/%@&|^<>", "//", "**", "<<", ">>", "<=", "==", "!=", ">=", "is", "in", "and", "or"])
 
     def grown(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         return st.one_of(
@@ -701,6 +697,4 @@ def test_every_operation_and_line_is_printed_once(text: str) -> None:
     )
     assert sum("->  + " not in line for line in printed) == len(source.lines)
     for site in source.sites:
-        assert f"    --> {source.lines[site.row + 1].removeprefix('    ')} <--" in source.render_site(
-            "m", site.name
-        )
+        assert f"    --> {source.lines[site.row + 1].removeprefix('    ')} <--" in source.render_site("m", site.name)

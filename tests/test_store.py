@@ -6,6 +6,7 @@ import importlib
 import linecache
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -158,8 +159,7 @@ class Net(nn.Module):
 
 
 def start(tmp_path: Path, folder: Path) -> subprocess.Popen[str]:
-    (tmp_path / "model_of_another_process.py").write_text(MODEL)
-    environment = {"FXSIGHT_CACHE_DIR": str(folder), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    environment = {"FXSIGHT_CACHE_DIR": str(folder), "PYTHONPATH": str(tmp_path)}
     return subprocess.Popen(
         [sys.executable, "-W", "error::fxsight.errors.FxsightWarning", "-c", SCRIPT],
         env={**os.environ, **environment},
@@ -176,6 +176,8 @@ def printed(process: subprocess.Popen[str]) -> list[tuple[str, str]]:
 
 
 def test_two_processes_at_once_and_one_after_them(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "model_of_another_process.py").write_text(MODEL)
+    shutil.copytree(ROOT / "fxsight", tmp_path / "fxsight")  # a checkout may be edited meanwhile
     both = [start(tmp_path, folder), start(tmp_path, folder)]
     first, second = map(printed, both)
     assert [digest for _, digest in first] == [digest for _, digest in second]

@@ -62,9 +62,7 @@ def main_tensor(output: Any) -> Tensor:
     return result
 
 
-def logits_of(
-    entry: Entry, steps: list[Edit | Read] | None = None, size: tuple[int, int] | None = None
-) -> Tensor:
+def logits_of(entry: Entry, steps: list[Edit | Read] | None = None, size: tuple[int, int] | None = None) -> Tensor:
     args, kwargs = entry.inputs(*(size or next(entry.sizes())))
     function = {"function": entry.function.place()}
     return main_tensor(run(made(entry), args, kwargs, steps or [], function)[0])
@@ -139,9 +137,7 @@ def test_an_edit_changes_the_result(entry: Entry) -> None:
     plain = logits_of(entry)
     for path in (entry.module, entry.inner, entry.op[2], function_path(entry)):
         assert not torch.equal(logits_of(entry, [Edit(path, "output", "assign", lambda h: h * 2 + 1)]), plain)
-        assert not torch.equal(
-            logits_of(entry, [Edit(path, "output", "inplace", lambda h: h.mul_(2).add_(1))]), plain
-        )
+        assert not torch.equal(logits_of(entry, [Edit(path, "output", "inplace", lambda h: h.mul_(2).add_(1))]), plain)
 
 
 @each_entry
@@ -279,9 +275,7 @@ def test_each_call_of_a_module_can_be_chosen() -> None:
     args, kwargs = entry.inputs(2, 4)
     steps: list[Edit | Read] = [Read(calls("cell", n), "output") for n in range(4)]
     _, plain = run(made(entry), args, kwargs, steps)
-    _, edited = run(
-        made(entry), args, kwargs, [*steps, Edit("cell#2", "output", "inplace", lambda h: h.zero_())]
-    )
+    _, edited = run(made(entry), args, kwargs, [*steps, Edit("cell#2", "output", "inplace", lambda h: h.zero_())])
     assert [torch.equal(a, b) for a, b in zip(plain, edited, strict=True)] == [True, True, True, False]
     with pytest.raises(LookupError, match=r"never reached in this forward.*cell#4"):
         run(made(entry), args, kwargs, [Read("cell#4", "output")])

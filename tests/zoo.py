@@ -455,9 +455,7 @@ ENTRIES: tuple[Entry, ...] = (
         module="units.0",
         inner="units.0.bn2",
         op=("units.1", "self_conv2_0", "units.1.conv2"),
-        function=FunctionOp(
-            "", "F_max_pool2d_0", partial(_named, "torch.nn.functional", "max_pool2d"), call=0
-        ),
+        function=FunctionOp("", "F_max_pool2d_0", partial(_named, "torch.nn.functional", "max_pool2d"), call=0),
         lengths=(8, 12),
     ),
     Entry(

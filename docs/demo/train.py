@@ -177,9 +177,7 @@ def parse_facts(table: str = FACT_TABLE) -> list[Fact]:
 
 def filler(rng: random.Random, facts: Sequence[Fact]) -> str:
     """Make one sentence that says nothing about a landmark."""
-    (name, other), (adj, adj2), (thing, thing2) = (
-        rng.sample(w.split(), 2) for w in (NAMES, ADJECTIVES, THINGS)
-    )
+    (name, other), (adj, adj2), (thing, thing2) = (rng.sample(w.split(), 2) for w in (NAMES, ADJECTIVES, THINGS))
     city = rng.choice(facts).city
     template = rng.choice(FILLER_TEMPLATES)
     return template.format(N=name, M=other, A=adj, B=adj2, T=thing, U=thing2, C=city)
@@ -301,9 +299,7 @@ def batch_loss(model: GPT2LMHeadModel, ids: Tensor, labels: Tensor, places: Tens
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
-def train_model(
-    settings: Settings, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase
-) -> GPT2LMHeadModel:
+def train_model(settings: Settings, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
     """Train the model on random documents."""
     rng = random.Random(settings.seed + 1)
     model = new_model(settings, tokenizer)
@@ -369,9 +365,7 @@ class Lab:
     def probabilities(self, prompt: str) -> Tensor:
         """Return the distribution of the next token."""
         with torch.no_grad():
-            return torch.softmax(
-                self.model(**self.tokenizer(prompt, return_tensors="pt")).logits[0, -1], dim=-1
-            )
+            return torch.softmax(self.model(**self.tokenizer(prompt, return_tensors="pt")).logits[0, -1], dim=-1)
 
     def token(self, text: str) -> int:
         """Return the first token of a text."""
@@ -432,13 +426,9 @@ def check_ablation(lab: Lab) -> bool:
     for block in range(len(lab.blocks)):
         after = lab.without_mlp(block, PROMPT)
         best, share = lab.answer(after)
-        print(
-            f"without the MLP of block {block}: ' Paris' {after[paris]:.3f}, likeliest {best!r} {share:.3f}"
-        )
+        print(f"without the MLP of block {block}: ' Paris' {after[paris]:.3f}, likeliest {best!r} {share:.3f}")
     facts = parse_facts()
-    changed = sum(
-        int(lab.without_mlp(-1, f.say(TEST_FORMS[0])).argmax()) != lab.token(" " + f.city) for f in facts
-    )
+    changed = sum(int(lab.without_mlp(-1, f.say(TEST_FORMS[0])).argmax()) != lab.token(" " + f.city) for f in facts)
     print(f"  without the last one, another answer for {changed} of {len(facts)} facts")
     return lab.answer(lab.without_mlp(-1, PROMPT))[0] != " Paris"
 
