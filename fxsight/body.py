@@ -304,7 +304,10 @@ class Body:
             )
         if isinstance(leaf, torch.nn.Module):
             raise TraceError(f"a module cannot be an argument of a recorded call: {type(leaf).__name__}")
-        return leaf.item() if type(leaf).__module__ == "numpy" and hasattr(leaf, "item") and not leaf.shape else leaf
+        plain: Any = leaf
+        return (
+            plain.item() if type(plain).__module__ == "numpy" and hasattr(plain, "item") and not plain.shape else plain
+        )
 
     def _spec_of(self, leaf: Any) -> Any:
         """The spec of a tensor or value; any other leaf itself."""

@@ -102,10 +102,16 @@ def _same_numbers(label: str, found: Sequence[Any], expected: Sequence[Any], tol
 # -- running ---------------------------------------------------------------------------------------------------------
 
 
-def run(program: Program, inputs: Inputs, module: nn.Module | None = None) -> list[Any]:
+def run(
+    program: Program,
+    inputs: Inputs,
+    module: nn.Module | None = None,
+    runner: Callable[..., Sequence[Any]] | None = None,
+) -> list[Any]:
     """What a program returns, op by op, for the leaves of its inputs; weights of the module, or random ones.
 
     The same random numbers at every call. Inputs and weights stay as they are: the program works on copies.
+    runner: a function of the program's placeholders to run in its place.
     """
     leaves = _copies(inputs)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -113,7 +119,7 @@ def run(program: Program, inputs: Inputs, module: nn.Module | None = None) -> li
         bound = program.bindings.items()
         arguments = [_argument(program, name, binding, leaves, module) for name, binding in bound]
         torch.manual_seed(1)
-        return list(eager(program)(*arguments))
+        return list((runner or eager(program))(*arguments))
 
 
 def random_inputs(program: Program, seed: int = 0) -> list[Any]:

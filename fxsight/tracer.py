@@ -269,4 +269,5 @@ def become(value: Value, tensor: torch.Tensor) -> None:
         swap(value, plain)
     except RuntimeError:  # something else refers to this very tensor (a view of it): swap with a view, too
         swap(value, plain.view_as(plain))
-    value.__dict__["value"] = value.view_as(value)  # another tensor of the same memory: no cycle
+    tensor_now: Any = value
+    tensor_now.value = value.view_as(value)  # another tensor of the same memory: no cycle

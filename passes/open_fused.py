@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain, combinations
 from types import CodeType
 from typing import Any
 
@@ -181,6 +182,12 @@ class _Recipe:
         specs = tuple(_nameless(spec_of_node(n)) for n in inputs)
         return _Recipe(node.target, repr((copy.args, copy.kwargs)), specs, copy)
 
+    def call(self, function: Callable[..., Any], values: Sequence[Any]) -> Any:
+        """Call a function as the node calls its target, with values for its inputs."""
+        given = dict(zip(self.node.all_input_nodes, values, strict=True))
+        args, kwargs = _plain((self.node.args, self.node.kwargs), given)
+        return function(*args, **kwargs)
+
 
 def _nameless(spec: Spec) -> Spec:
     return replace(spec, storage="") if isinstance(spec, TensorSpec) else spec
@@ -191,12 +198,14 @@ class _Parts:
     """What an operator is made of.
 
     graph: of placeholders, one for each input, and operators.  calls: of the formula, itself first; none for torch's
-    decompositions.  names: the program's sizes by those in the graph.  storages: the inputs', as ``spec_of`` has them.
+    decompositions.  names: the program's sizes by those in the graph.  numbers: an example of each size, equal where
+    the operator needs equal ones.  storages: the inputs', as ``spec_of`` has them.
     """
 
     graph: fx.Graph
     calls: tuple[OpenCall, ...]
     names: Mapping[Any, sympy.Symbol]
+    numbers: Mapping[sympy.Symbol, int]
     storages: tuple[int | None, ...]
 
 
@@ -213,10 +222,10 @@ def _parts(recipe: _Recipe) -> _Parts:
 
     Raises: UnknownAddress when it is not made of others.
     """
-    name, shapes = target_name(recipe.target), _Shapes(recipe.specs)
+    name, formula = target_name(recipe.target), reference.REFERENCES.get(recipe.target)
     if mutated_arguments(recipe.node):
         raise UnknownAddress(f"{name} cannot be opened: it changes memory in place")
-    formula = reference.REFERENCES.get(recipe.target)
+    shapes = _Shapes(recipe.specs, _numbers(recipe, formula or recipe.target))
     scribe = None if formula is None else _Watcher(_module(formula), SourceReader())
     try:
         graph = _trace(recipe, shapes, scribe)
@@ -225,7 +234,7 @@ def _parts(recipe: _Recipe) -> _Parts:
     made = [n.target for n in graph.nodes if n.op not in ("placeholder", "output") and n.target not in _PLAIN]
     if len(made) < 2 or any(n.op == "get_attr" for n in graph.nodes):
         raise UnknownAddress(f"{name} cannot be opened: it is not made of other operators")
-    return _Parts(graph, tuple(scribe.calls) if scribe else (), shapes.names, shapes.storages)
+    return _Parts(graph, tuple(scribe.calls) if scribe else (), shapes.names, shapes.numbers, shapes.storages)
 
 
 def _module(formula: Callable[..., Any]) -> nn.Module:
@@ -235,13 +244,9 @@ def _module(formula: Callable[..., Any]) -> nn.Module:
 
 
 def _trace(recipe: _Recipe, shapes: _Shapes, scribe: Scribe | None) -> fx.Graph:
-    node, function = recipe.node, recipe.target if scribe is None else scribe.root
-
     def call(*values: Any) -> Any:
-        given = dict(zip(node.all_input_nodes, values, strict=True))
-        args, kwargs = _plain((node.args, node.kwargs), given)
         with nullcontext() if scribe is None else scribe.watching():
-            return function(*args, **kwargs)
+            return recipe.call(recipe.target if scribe is None else scribe.root, values)
 
     known: Mapping[Any, Any] = torch.export.default_decompositions() if scribe is None else {}
     table = {recipe.target: known[recipe.target]} if recipe.target in known else {}
@@ -265,31 +270,82 @@ def _plain(value: Any, given: Mapping[fx.Node, Any]) -> Any:
 class _Shapes:
     """Values without numbers for some specs; the program's named sizes are symbols in them."""
 
-    def __init__(self, specs: Sequence[Spec]) -> None:
-        found = {s.name: s for spec in specs for dim in _dims(spec) for s in dim.free_symbols}
-        self._example = {found[name]: prime for name, prime in zip(sorted(found), _primes(), strict=False)}
-        self._mode = _torch.symbolic_mode()
-        shape = tuple(self._example.values())
+    def __init__(self, specs: Sequence[Spec], numbers: Mapping[sympy.Symbol, int]) -> None:
+        self.numbers, self._mode = numbers, _torch.symbolic_mode()
+        shape = tuple(numbers.values())  # equal numbers become one symbol
         sized = _torch.symbolic(self._mode, torch.empty(shape, device="meta"), [True] * len(shape))
-        self._inner = {s: _torch.size_expr(size) for s, size in zip(self._example, sized.shape, strict=True)}
-        self.names = {inner: s for s, inner in self._inner.items()}
-        self.values = [self._value(spec) for spec in specs]
+        self._inner = {s: _torch.size_expr(size) for s, size in zip(numbers, sized.shape, strict=True)}
+        self.names = {inner: s for s, inner in reversed(self._inner.items())}
+        self.values = [_value(spec, self._size, self._mode) for spec in specs]
         self.storages = tuple(_torch.storage_key(v) if isinstance(v, torch.Tensor) else None for v in self.values)
 
-    def _value(self, spec: Spec) -> Any:
-        if isinstance(spec, SizeSpec):
-            return self._size(spec.expr)
-        assert isinstance(spec, TensorSpec), f"an operator's input is a tensor or a size, not {spec}"
-        shape, stride = [self._size(d) for d in spec.shape], [self._size(d) for d in spec.stride]
-        with self._mode:
-            return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
-
     def _size(self, dim: Any) -> Any:
+        number = _number(dim, self.numbers)
         if isinstance(dim, int) or not dim.free_symbols:
-            return int(dim)
+            return number
         env = self._mode.shape_env
         assert env is not None, "a symbolic mode has one"
-        return env.create_symintnode(dim.xreplace(self._inner), hint=int(dim.xreplace(self._example)))
+        return env.create_symintnode(dim.xreplace(self._inner), hint=number)
+
+
+def _value(spec: Spec, size: Callable[[Any], Any], mode: AbstractContextManager[Any], device: str = "") -> Any:
+    """A tensor or number of some spec, with sizes made of its dimensions by ``size``."""
+    if isinstance(spec, SizeSpec):
+        return size(spec.expr)
+    assert isinstance(spec, TensorSpec), f"an operator's input is a tensor or a size, not {spec}"
+    shape, stride = [size(d) for d in spec.shape], [size(d) for d in spec.stride]
+    with mode:
+        return torch.empty_strided(shape, stride, dtype=spec.dtype, device=device or spec.device)
+
+
+def _number(dim: Any, numbers: Mapping[sympy.Symbol, int]) -> int:
+    return dim if isinstance(dim, int) else int(dim.xreplace(numbers))
+
+
+def _numbers(recipe: _Recipe, function: Callable[..., Any]) -> Mapping[sympy.Symbol, int]:
+    """A prime for each size: all different, except where the operator works with equal ones only.
+
+    A program has a name for each size of its inputs, also where the model needs two of them to be equal.
+    """
+    named = {s.name: s for spec in recipe.specs for dim in _dims(spec) for s in dim.free_symbols}
+    symbols = [named[name] for name in sorted(named)]
+
+    def works(numbers: Mapping[sympy.Symbol, int]) -> bool:
+        try:
+            values = [_value(s, lambda d: _number(d, numbers), nullcontext(), "meta") for s in recipe.specs]
+            with torch.no_grad():
+                recipe.call(function, values)
+        except Exception:  # whatever torch raises for sizes that do not fit
+            return False
+        return True
+
+    numbers = dict(zip(symbols, _PRIMES, strict=False))
+    if works(numbers):
+        return numbers
+    for symbol_, prime in zip(symbols, _PRIMES, strict=False):
+        if numbers[symbol_] == prime:  # not yet among the equals of another
+            numbers.update(dict.fromkeys(_equals(symbol_, symbols, works), prime))
+    return numbers
+
+
+def _equals(first: sympy.Symbol, symbols: list[sympy.Symbol], works: Works) -> tuple[sympy.Symbol, ...]:
+    """The fewest sizes that have to be equal to ``first``.
+
+    Raises: UnknownAddress when sizes have to fit in another way, such as one being a multiple of another.
+    """
+    others = [s for s in symbols if s is not first]
+    for more in chain.from_iterable(combinations(others, count) for count in range(len(others) + 1)):
+        equal = (first, *more)
+        numbers = {s: 5 if s in equal else 7 for s in symbols}
+        if works(numbers):
+            if any(works({**numbers, s: 10}) for s in equal if more):
+                break
+            return equal
+    raise UnknownAddress(f"its sizes {', '.join(map(str, symbols))} fit in a way that is not known before it runs")
+
+
+Works = Callable[[Mapping[sympy.Symbol, int]], bool]
+_PRIMES = tuple(sympy.primerange(5, 200))
 
 
 def _dims(spec: Spec) -> Iterator[Any]:
@@ -298,11 +354,6 @@ def _dims(spec: Spec) -> Iterator[Any]:
         yield spec.expr
     elif isinstance(spec, TensorSpec):
         yield from (d for d in (*spec.shape, *spec.stride) if not isinstance(d, int))
-
-
-def _primes() -> Iterator[int]:
-    """Different sizes stay different, and so do their products."""
-    return (n for n in range(5, 10**6) if sympy.isprime(n))
 
 
 # -- putting it in ---------------------------------------------------------------------------------------------------
@@ -396,7 +447,7 @@ class _Splice:
         """Let a node be an alias of the result, in the layout that its users were captured with."""
         assert result is not None, "what is used of an operator's result is a tensor"
         old, new = tensor_spec(node), tensor_spec(result)
-        order = None if new.stride == old.stride else _layout(old)
+        order = None if self._numbers(new.stride) == self._numbers(old.stride) else self._layout(old)
         if order is None:
             node.target, node.args, node.kwargs = aten.alias.default, (result,), {}
         else:
@@ -416,6 +467,17 @@ class _Splice:
         copy = self._add(aten.clone.default, (turned,), kwargs, "clone", self._ticks - 2)
         copy.meta["spec"] = replace(spec, shape=shape, stride=contiguous_stride(shape), storage=copy.name)
         return copy
+
+    def _layout(self, spec: TensorSpec) -> list[int] | None:
+        """The dimensions from the outermost in memory to the innermost; None when the memory has holes or overlaps."""
+        shape, stride = self._numbers(spec.shape), self._numbers(spec.stride)
+        order = sorted(range(len(shape)), key=lambda i: (stride[i], shape[i] > 1), reverse=True)
+        dense = contiguous_stride([shape[i] for i in order])
+        fits = all(shape[i] == 1 or stride[i] == step for i, step in zip(order, dense, strict=True))
+        return order if fits else None
+
+    def _numbers(self, dims: Sequence[Dim]) -> tuple[int, ...]:
+        return tuple(_number(d, self.parts.numbers) for d in dims)
 
     # -- the book ----------------------------------------------------------------------------------------------------
 
@@ -453,24 +515,6 @@ class _Splice:
             return Opaque("unused tensor")
         is_weight = node.op == "placeholder" and binding_of(node).kind == "weight"
         return Weight(str(binding_of(node).key)) if is_weight else Ref(node.name)
-
-
-def _layout(spec: TensorSpec) -> list[int] | None:
-    """The dimensions from the outermost in memory to the innermost; None when the memory has holes or overlaps."""
-    left, order, step = list(range(len(spec.shape))), list[int](), sympy.Integer(1)
-    while left:
-        ones = [i for i in left if spec.shape[i] == 1]
-        here = next((i for i in reversed(left) if i in ones or sympy.sympify(spec.stride[i]) == step), None)
-        if here is None:
-            return None
-        left.remove(here)
-        order.insert(0, here)
-        step = step * _at_least_one(spec.shape[here])
-    return order
-
-
-def _at_least_one(dim: Dim) -> Any:
-    return max(dim, 1) if isinstance(dim, int) else dim
 
 
 def _rename_storage(graph: fx.Graph, old: str, new: str) -> None:

@@ -215,7 +215,7 @@ class _Loom:
 
     def _is_before(self, node: fx.Node, write: Write) -> bool:
         """Whether the node is there before the write: later ones get the written value through their own inputs."""
-        return node in self.own or node.op == "placeholder" or origin_of(node).time < write.location.since
+        return node in self.own or node.op == "placeholder" or origin_of(node).time <= write.location.since
 
     def _value(self, write: Write, memory: fx.Node) -> fx.Node:
         """The written value; a copy of its own where the model goes on to change that memory in place."""
@@ -226,7 +226,8 @@ class _Loom:
         """Views of the memory are used later: change it, as the same statement on the tensor would."""
         self.changed.add(memory.name)
         if memory.op == "placeholder" or memory in self.own:  # never a weight, an input, a value the user holds
-            copy = self._copy(memory, "copy", Origin())
+            copy = self._copy(memory, "copy", Origin(user=write.line))
+            copy.meta["spec"] = memory.meta["spec"]  # it stands for that memory from the start, views included
             for site in [s for s in self.sites if s.value is memory]:
                 site.value = copy
         origin = Origin(origin_of(here.source).call, write.location.since + 0.5, "", write.line)
@@ -243,7 +244,9 @@ class _Loom:
         memory = self._memory(site.value)
         if memory.name not in self.changed or not isinstance(site.value.meta["spec"], TensorSpec):
             return site.value
-        return self._copy(site.value, "snapshot", Origin(origin_of(site.source).call, site.time + 0.25))
+        return self._copy(
+            site.value, "snapshot", Origin(origin_of(site.source).call, site.time + 0.25, origin_of(site.source).line)
+        )
 
     # -- the result --------------------------------------------------------------------------------------------------
 

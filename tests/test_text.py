@@ -152,12 +152,12 @@ def test_two_processes_print_the_same() -> None:
 def test_two_sizes_print_the_same() -> None:
     """The finished programs, recorded at different sizes: the same but for the shapes noted beside a body's lines."""
     other = fxsight.Model(tiny_transformer().eval(), cache=False)
-    expected = list(map(_code, _edited(_transformer(), token_ids(2, 5))))
-    assert list(map(_code, _edited(other, token_ids(3, 8)))) == expected
-    assert list(map(_code, _edited(other, token_ids(4, 2)))) == expected
+    expected = list(map(_without_notes, _edited(_transformer(), token_ids(2, 5))))
+    assert list(map(_without_notes, _edited(other, token_ids(3, 8)))) == expected
+    assert list(map(_without_notes, _edited(other, token_ids(4, 2)))) == expected
 
 
-def _code(program: Any) -> list[str]:
+def _without_notes(program: Any) -> list[str]:
     return [line.partition("    # ")[0].rstrip() for line in str(program).splitlines()]
 
 
