@@ -72,7 +72,7 @@ class Address:
         return self._order() < other._order()
 
     def _order(self) -> tuple[object, ...]:
-        natural = tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in self.module.split("."))
+        natural = tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in self.module.split("."))
         keys = tuple((0, key, "") if isinstance(key, int) else (1, 0, key) for key in self.keys)
         return (natural, self.call, self.steps, self.port, keys)
 

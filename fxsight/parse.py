@@ -193,7 +193,7 @@ def _binding(argument: ast.arg) -> Binding:
     kind, _, key = str(text).partition(" ")
     if kind in ("weight", "literal"):
         return Binding(kind, key)  # type: ignore[arg-type]
-    if kind in ("input", "constant") and key.isdigit():
+    if kind in ("input", "constant") and key.isdecimal():
         return Binding(kind, int(key))  # type: ignore[arg-type]
     raise TextError(f"line {argument.lineno}: not a binding: {text!r}; write 'weight NAME' or 'input NUMBER'")
 

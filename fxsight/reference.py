@@ -41,7 +41,7 @@ def scaled_dot_product_attention(
         key = torch.repeat_interleave(key, heads_per_key, dim=-3)
         value = torch.repeat_interleave(value, heads_per_key, dim=-3)
     if scale is None:
-        scale = 1 / math.sqrt(query.size(-1))
+        scale = query.size(-1) ** -0.5
     fit = torch.matmul(query, key.transpose(-2, -1))
     scores = fit * scale
     if is_causal:

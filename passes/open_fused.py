@@ -231,6 +231,8 @@ def _parts(recipe: _Recipe) -> _Parts:
         graph = _trace(recipe, shapes, scribe)
     except Exception as error:  # whatever torch raises while it decomposes becomes one error
         raise UnknownAddress(f"{name} cannot be opened: {error}") from error
+    if shapes.fixed:
+        raise UnknownAddress(f"{name} cannot be opened: it is made in another way for each {', '.join(shapes.fixed)}")
     made = [n.target for n in graph.nodes if n.op not in ("placeholder", "output") and n.target not in _PLAIN]
     if len(made) < 2 or any(n.op == "get_attr" for n in graph.nodes):
         raise UnknownAddress(f"{name} cannot be opened: it is not made of other operators")
@@ -274,10 +276,16 @@ class _Shapes:
         self.numbers, self._mode = numbers, _torch.symbolic_mode()
         shape = tuple(numbers.values())  # equal numbers become one symbol
         sized = _torch.symbolic(self._mode, torch.empty(shape, device="meta"), [True] * len(shape))
-        self._inner = {s: _torch.size_expr(size) for s, size in zip(numbers, sized.shape, strict=True)}
+        self._sizes = dict(zip(numbers, sized.shape, strict=True))
+        self._inner = {s: _torch.size_expr(size) for s, size in self._sizes.items()}
         self.names = {inner: s for s, inner in reversed(self._inner.items())}
         self.values = [_value(spec, self._size, self._mode) for spec in specs]
         self.storages = tuple(_torch.storage_key(v) if isinstance(v, torch.Tensor) else None for v in self.values)
+
+    @property
+    def fixed(self) -> list[str]:
+        """Sizes that tracing has taken as plain numbers."""
+        return [str(s) for s, size in self._sizes.items() if not _torch.size_expr(size).free_symbols]
 
     def _size(self, dim: Any) -> Any:
         number = _number(dim, self.numbers)
