@@ -4,6 +4,17 @@ The model is captured once with ``torch.export``; edits are recorded as data and
 """
 
 from fxsight.address import Address as Address
+from fxsight.containers import bool as bool
+from fxsight.containers import bytearray as bytearray
+from fxsight.containers import bytes as bytes
+from fxsight.containers import complex as complex
+from fxsight.containers import dict as dict
+from fxsight.containers import float as float
+from fxsight.containers import int as int
+from fxsight.containers import list as list
+from fxsight.containers import set as set
+from fxsight.containers import str as str
+from fxsight.containers import tuple as tuple
 from fxsight.errors import CaptureError as CaptureError
 from fxsight.errors import CausalityError as CausalityError
 from fxsight.errors import FxsightError as FxsightError
@@ -16,9 +27,12 @@ from fxsight.errors import UnknownAddress as UnknownAddress
 from fxsight.errors import WriteError as WriteError
 from fxsight.model import Model as Model
 from fxsight.model import View as View
+from fxsight.model import apply as apply
 from fxsight.model import save as save
+from fxsight.model import session as session
 from fxsight.program import Program as Program
 from fxsight.rewrite import Pass as Pass
 from fxsight.rewrite import Pipeline as Pipeline
+from fxsight.session import Session as Session
 
 __version__ = "0.1.0"

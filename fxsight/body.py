@@ -6,6 +6,7 @@ A wrong index or shape raises torch's own error at the user's line. In-place cal
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 
 from fxsight import _torch
+from fxsight.containers import savable
 from fxsight.errors import InputError, TextError, TraceError
 from fxsight.lines import user_line
 from fxsight.mutate import SELF, ViewStep, mutate
@@ -96,9 +98,12 @@ class Body:
         self.updates: dict[int, fx.Node] = {}
         self.looked: set[str] = set()
         self.mutated: list[Cell] = []
-        self._owner, self._weights, self._demand, self._sizes, self._edited = owner, weights, demand, sizes, edited
+        self._owner, self._weights, self._demand, self._edited = owner, weights, demand, edited
+        self.sizes = sizes
         self._given: dict[int, tuple[fx.Node, torch.Tensor]] = {}
-        self._versions: list[int] = []
+        self._versions: list[int | None] = []
+        self._clock = itertools.count(1)
+        self.journal: list[tuple[Cell, dict[str, Any]]] | None = None  # of a branch not taken: how cells were
         self._rules = rules
 
     @cached_property
@@ -152,6 +157,9 @@ class Body:
 
     def numbers(self, arguments: Any) -> Any:
         """The arguments with real tensors for values: computed now."""
+        for value in values_in(arguments):
+            if not self._is_own(value):
+                value.cell.recorder.force()
         values = list(values_in(arguments))
         real = dict(zip(map(id, values), self._demand([self.node_of(v) for v in values]), strict=True))
         return map_leaves(lambda x: real[id(x)] if isinstance(x, Value) else x, arguments)
@@ -174,7 +182,7 @@ class Body:
     def _look(self, args: Any) -> None:
         """A body that looks at a free size holds for that size alone."""
         for value in values_in(args):
-            self.looked |= set(self._sizes) if any(n in self._sizes.values() for n in value.cell.spec.shape) else set()
+            self.looked |= set(self.sizes) if any(n in self.sizes.values() for n in value.cell.spec.shape) else set()
 
     def _operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         leaves, tree = flatten((args, kwargs))
@@ -196,8 +204,17 @@ class Body:
             func(*self.numbers(args), **self.numbers(kwargs)),
         )
 
+    def apply(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Any function on copies of the numbers, now; its tensors are values from here on."""
+        args, kwargs = map_leaves(_own_copy, self.numbers((tuple(args), dict(kwargs))))
+        result = function(*args, **kwargs)
+        leaves, tree = flatten(result)
+        if tree.kind == "leaf" and not isinstance(result, torch.Tensor):
+            return savable(result)
+        return tree.build([self._constant_value(x) if isinstance(x, torch.Tensor) else x for x in leaves])
+
     def _constant_value(self, tensor: torch.Tensor) -> Value:
-        return Value.of(
+        return self._owner.value(
             self._fresh_cell(self._spec_of(tensor), self._argument(tensor), "a value computed inside the body")
         )
 
@@ -233,10 +250,10 @@ class Body:
                 member = self.graph.call_function(operator.getitem, (member, key))
                 member.meta.update(spec=spec, origin=node.meta["origin"])
             cell = self._fresh_cell(spec, member, _Result(made[0]))
-            if viewed is not None and isinstance(leaves[viewed], Value):
+            if viewed is not None and self._is_own(leaves[viewed]):
                 cell.base, cell.seen = leaves[viewed].cell, leaves[viewed].cell.root.version
                 cell.step = self._step(leaves, viewed, path, made)
-            wrapped.append(Value.of(cell))
+            wrapped.append(self._owner.value(cell))
         return rule.tree.build(wrapped)
 
     def _step(self, leaves: list[Any], viewed: int, path: Any, made: tuple[Any, Tree]) -> ViewStep:
@@ -250,20 +267,32 @@ class Body:
         """Write an in-place call down as a new value of the base of what it changes."""
         assert rule.changed is not None
         changed = leaves[rule.changed]
-        cell = changed.cell if isinstance(changed, Value) else self._update_cell(changed)
+        cell = changed.cell if self._is_own(changed) else self._update_cell(changed)
         args, kwargs = tree.build([SELF if x is changed else self._argument(x) for x in leaves])
         root = cell.root
         views: list[ViewStep] = []
         while cell.base is not None and cell.step is not None:
             views.insert(0, cell.step)
             cell = cell.base
-        before = self._current(root)
+        before = self.current(root)
         asked = (before, tuple(views), self._name(func), tuple(args), dict(kwargs))
         node = self._add(mutate, asked, {}, before.meta["spec"])
-        root.node, root.version, root.seen = node, root.version + 1, root.version + 1
+        self.remember(root)
+        root.version = root.seen = next(self._clock)
+        root.node = node
         self.mutated.append(root)
         self._edited(root)
         return changed if rule.returns_changed else rule.tree.build(rule.leaves)
+
+    def remember(self, cell: Cell) -> None:
+        """In a branch not taken: keep what the cell was."""
+        if self.journal is not None:
+            self.journal.append((cell, {**vars(cell), "handles": list(cell.handles)}))
+
+    def named(self, name: str) -> fx.Node:
+        """The node of that name."""
+        found: fx.Node = next(node for node in self.graph.nodes if node.name == name)
+        return found
 
     def _update_cell(self, tensor: torch.Tensor) -> Cell:
         """A plain tensor of the user's changed in place by a value: updated after the run."""
@@ -274,10 +303,10 @@ class Body:
 
     # -- arguments ---------------------------------------------------------------------------------------------------
 
-    def _current(self, cell: Cell) -> fx.Node:
+    def current(self, cell: Cell) -> fx.Node:
         """The node of a cell's present value: of a view whose base has changed, the view taken again."""
         if cell.base is not None and cell.step is not None and cell.seen != cell.root.version:
-            base = self._current(cell.base)
+            base = self.current(cell.base)
             name, args, kwargs, path = cell.step
             put = lambda x: base if isinstance(x, str) and x == SELF else x  # noqa: E731
             node = self._add(find_target(name), map_leaves(put, args), map_leaves(put, kwargs), cell.node.meta["spec"])
@@ -294,8 +323,8 @@ class Body:
 
     def _argument(self, leaf: Any) -> Any:
         """A leaf of the arguments as it stands in the graph."""
-        if isinstance(leaf, Value):
-            return self._current(leaf.cell)
+        if self._is_own(leaf):
+            return self.current(leaf.cell)
         if isinstance(leaf, torch.Tensor):
             return self.updates.get(self._number(leaf), self._given_tensor(leaf))
         if isinstance(leaf, slice) and any(values_in(leaf)):
@@ -317,9 +346,13 @@ class Body:
             return TensorSpec(leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), str(leaf.device))
         return leaf
 
+    def _is_own(self, leaf: Any) -> bool:
+        """Whether it is a value of this body; one of an earlier block of the session is like a tensor of the user's."""
+        return isinstance(leaf, Value) and leaf.cell.recorder is self._owner
+
     def _fake_of(self, leaf: Any) -> Any:
         if isinstance(leaf, Value):
-            return leaf.cell.fake
+            return leaf.cell.fake if self._is_own(leaf) else self.fake(leaf.cell.spec)
         return _torch.fake_of(self.mode, leaf.detach()) if isinstance(leaf, torch.Tensor) else leaf
 
     def _given_tensor(self, tensor: torch.Tensor) -> fx.Node:
@@ -335,7 +368,7 @@ class Body:
                 self.weight_names[node.name] = weight
             else:
                 self.constants.append(tensor)
-                self._versions.append(_torch.version(tensor))
+                self._versions.append(None if isinstance(tensor, Value) else _torch.version(tensor))
             known = self._given[id(tensor)] = (node, tensor)
         return known[0]
 
@@ -349,7 +382,7 @@ class Body:
         Raises: InputError when a tensor of the user's was changed after the body had used it.
         """
         for tensor, version in zip(self.constants, self._versions, strict=True):
-            if _torch.version(tensor) != version:
+            if version is not None and _torch.version(tensor) != version:
                 raise InputError(
                     f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; "
                     "use a copy: t.clone()"
@@ -360,6 +393,10 @@ class Body:
 
 def _fake(leaf: Any) -> Any:
     return leaf.cell.fake if isinstance(leaf, Value) else leaf
+
+
+def _own_copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _attribute_name(func: Any) -> str:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from fxsight.address import Address
 from fxsight.capture import capture_all
-from fxsight.errors import InputError, TraceError
+from fxsight.context import open_trace
+from fxsight.errors import InputError
 from fxsight.intervention import Intervention
 from fxsight.lower import Tier
 from fxsight.passes.open_fused import open_above
@@ -35,17 +36,12 @@ from fxsight.tree import flatten
 KEPT = 256  # finished programs kept per model
 
 
-class Open(Protocol):
-    """A trace whose block is being written."""
-
-
 class Captures:
     """All programs of one module, and the trace that is open on it."""
 
     def __init__(self, module: nn.Module, store: Store | None) -> None:
         self.module = module
         self.reader = SourceReader()
-        self.open: Any = None
         self.made = 0  # captures made here, neither found in memory nor on disk
         self.latest: Program | None = None  # the program asked for last: what browsing outside a trace shows
         self._store = store
@@ -54,20 +50,10 @@ class Captures:
         self._places: dict[int, Places] = {}
         self._opened: dict[tuple[int, Address], tuple[Program, Program]] = {}
 
-    # -- the open trace ----------------------------------------------------------------------------------------------
-
-    def enter(self, trace: Open) -> None:
-        """A block begins.
-
-        Raises: TraceError inside another block on the same model.
-        """
-        if self.open is not None:
-            raise TraceError("a trace inside a trace of the same model: end the first block, or use model.session()")
-        self.open = trace
-
-    def leave(self, trace: Open) -> None:
-        """A block ends."""
-        self.open = None
+    @property
+    def open(self) -> Any:
+        """The trace on this model whose block is being written; None outside."""
+        return open_trace(self)
 
     # -- programs ----------------------------------------------------------------------------------------------------
 

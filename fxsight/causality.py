@@ -24,8 +24,8 @@ def check_causal(recorder: Recorder, location: Location, value: Any) -> None:
     """
     if not isinstance(value, Value):
         return
-    node = recorder.node_of(value)
-    if all(since <= location.since for since in _read_times(recorder, node)):
+    node = recorder.body.node_of(value)
+    if all(since <= location.since for since in recorder.needed_times(node)):
         return
     from fxsight.passes.weave import Weave
 
@@ -37,19 +37,7 @@ def check_edit(recorder: Recorder, location: Location, node: fx.Node) -> None:
 
     Raises: CausalityError.
     """
-    if any(since > location.since for since in _read_times(recorder, node)):
+    if any(since > location.since for since in recorder.needed_times(node)):
         from fxsight.passes.weave import Weave
 
         Weave(recorder.intervention(()))(recorder.program)
-
-
-def _read_times(recorder: Recorder, node: fx.Node) -> list[float]:
-    times = recorder.read_times()
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        at = stack.pop()
-        if at not in seen:
-            seen.add(at)
-            stack += at.all_input_nodes
-    return [times[n.name] for n in seen if n.name in times]

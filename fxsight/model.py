@@ -10,7 +10,9 @@ from torch import nn
 
 from fxsight.address import Address
 from fxsight.captures import Captures
+from fxsight.containers import Saved
 from fxsight.errors import TraceError
+from fxsight.session import Session
 from fxsight.store import Store
 from fxsight.tracer import BACKENDS, Scan, Tracer
 
@@ -91,7 +93,7 @@ class View:
 
         Raises: WriteError when the value has not the structure of the module's output.
         """
-        self._write("output", value)
+        self._open("output").skip(self.address, value)
 
     def modules(self) -> list[View]:
         """This view and all below it, children before parents."""
@@ -231,37 +233,67 @@ class Model(View):
         scan: Any = True,
         validate: Any = True,
         debug: Any = False,
+        invoker_args: Any = None,
         **kwargs: Any,
     ) -> Any:
         """A block in which values of ``module(*args, **kwargs)`` are read and written; it runs when the block ends.
 
+        Without input: a block of invokes, ``with tracer.invoke(x):``, that run as one batch.
         backend: "eager" is bitwise the module's own numbers; "inductor" compiles; "auto" is eager.
-        trace: False for no block: simply the module's output.  scan, validate, debug: accepted; every block is
-        checked line by line as it is written, and errors are raised there.
+        trace: False for no block: simply the module's output.  invoker_args: more keyword arguments.
+        scan, validate, debug: accepted; every block is checked line by line as it is written, and errors are raised
+        there.
 
-        Raises: TraceError without any input.
+        Raises: TraceError for an unknown backend, and when the block ends without any input.
         """
         if backend not in BACKENDS:
             raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
+        kwargs = {**kwargs, **(invoker_args or {})}
         if not trace:
             return self._module(*args, **kwargs)
-        if not args and not kwargs:
-            raise TraceError("trace() needs an input: with model.trace(x):")
-        return Tracer(self._captures, args, kwargs, backend)
+        return Tracer(self._captures, (args, kwargs) if args or kwargs else None, backend)
 
     def scan(self, *args: Any, **kwargs: Any) -> Scan:
         """A block in which shapes and dtypes are known and nothing is run; works without weights."""
-        return Scan(self._captures, args, kwargs, "eager")
+        return Scan(self._captures, (args, kwargs), "eager")
+
+    def session(self) -> Session:
+        """A block for several traces: values of one are used in the next without saving; they run when it ends."""
+        return Session()
 
 
 def save(value: Any) -> Any:
-    """Keep every value in a structure: after the block they are plain tensors.  Returns: the structure."""
-    from fxsight.value import not_saved, values_in
+    """Keep every value in a structure: after the block they are plain tensors.  Returns: the structure.
 
-    first = next(values_in(value), None)
-    if first is None:
+    Raises: NotSavedError for a value of a block that has ended; TraceError when there is no value in it.
+    """
+    from fxsight.containers import thaw
+    from fxsight.value import check_usable, values_in
+
+    values = list(values_in(thaw(value)))
+    for leaf in values:
+        check_usable(leaf.cell)
+    if not values and isinstance(value, Saved):
+        return value.save()
+    if not values:
         raise TraceError("nothing to save: no value of a trace in it")
-    if not first.cell.recorder.is_open:
-        raise not_saved(first.cell)
-    first.cell.recorder.keep(value)
+    for recorder in {id(leaf.cell.recorder): leaf.cell.recorder for leaf in values}.values():
+        recorder.keep(value)
     return value
+
+
+def session() -> Session:
+    """A block for several traces, of one model or of several: see ``Model.session``."""
+    return Session()
+
+
+def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call any Python function on the numbers of values, now: with the edits written so far, each computed once.
+
+    Returns: what the function returns; its tensors are values of the trace again, to be written and saved; plain
+    numbers and containers have ``.save()``.
+    Raises: NeedsValueError in a scan; what the function raises.
+    """
+    from fxsight.value import apply_now
+
+    return apply_now(function, args, kwargs)

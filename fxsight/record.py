@@ -6,22 +6,26 @@ Nothing is computed.
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from fxsight.address import Address
 from fxsight.body import Body, Demand, Update
-from fxsight.errors import LostEditWarning, WriteError
+from fxsight.containers import thaw
+from fxsight.errors import LostEditWarning, TraceError, WriteError
 from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
 from fxsight.node import Fixed, Origin, origin_of
 from fxsight.place import Location, Places
+from fxsight.rows import Rows
 from fxsight.spec import TensorSpec
 from fxsight.tree import LEAF, Tree, flatten
 from fxsight.value import Cell, Value
@@ -44,12 +48,25 @@ class State:
     line: str = ""
 
 
+Phase = Literal["open", "waiting", "done"]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where the forward ends: nothing later than ``time`` is computed."""
+
+    time: float
+    what: str
+    line: str
+
+
 class Recorder:
     """Records one body over one program, for inputs of given sizes.
 
     weights: asked for the names of the model's parameters and buffers by ``id``.  demand: computes nodes at once, for
-    bodies that
-    need a number.
+    bodies that need a number.  lookup: a parameter or buffer by name.
+    phase: the block is being written, has ended and waits for the end of its session, or is done.
+    rows: the rows of the batch that are read and written now; None for all.
     """
 
     def __init__(
@@ -63,34 +80,90 @@ class Recorder:
         self.places, self.program, self.sizes, self.lookup = places, places.program, sizes, lookup
         self._specs = places.specs(sizes)
         self.body = Body(self, weights, demand, sizes, self._edited, places.rules)
-        self.is_open = True
+        self.phase: Phase = "open"
+        self.rows: Rows | None = None
         self.on_edit: Callable[[Location, fx.Node], None] = lambda location, node: None
+        self.force: Callable[[], None] = lambda: None
+        self.alive: list[weakref.ref[Value]] | None = None  # in a session: what later blocks may use
+        self.saved: list[Any] = []
         self._states: dict[tuple[str, str, int], State] = {}
-        self._saved: list[Any] = []
         self._dressed: list[tuple[Any, list[Any], Address]] = []
+        self._unset: dict[Cell, str] = {}
+        self._stop: Stop | None = None
+        self._versions = itertools.count(1)
+        self._branch: list[Cell] | None = None  # what a branch not taken has made
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the block is still being written."""
+        return self.phase == "open"
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the block has ended and runs with its session."""
+        return self.phase == "waiting"
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One torch call on values: see ``body``."""
         return self.body.call(func, args, kwargs)
 
+    def apply(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Any function on the numbers of values, now."""
+        return self.body.apply(function, args, kwargs)
+
     def fake(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor without data, in memory of its own."""
         return self.body.fake(spec)
 
+    def value(self, cell: Cell) -> Value:
+        """The value of a cell; known to the session and to the branch in which it is made."""
+        value = Value.of(cell)
+        if self.alive is not None:
+            self.alive.append(weakref.ref(value))
+        if self._branch is not None:
+            self._branch.append(cell)
+        return value
+
     # -- locations ---------------------------------------------------------------------------------------------------
 
     def read(self, location: Location) -> Value:
-        """The present value at a location: a snapshot of its own, and a handle for in-place edits."""
-        state = self._state(location)
-        what, spec = location.address, self.spec(location)
-        return Value.of(Cell(self, spec, state.node, what, user_line(), handles=[(state, state.version)]))
+        """The present value at a location: a snapshot of its own, and a handle for in-place edits.
 
-    def move(self, places: Places) -> None:
-        """Go on over another program of the same model: one in which something has been opened."""
-        self.places, self.program, self._specs = places, places.program, places.specs(self.sizes)
+        Of the rows of an invoke, when one is being written.
+        """
+        dim = self.row_dim(location)
+        if dim is None or self.rows is None:
+            return self._whole(location)
+        part: Value = self.call(torch.Tensor.narrow, (self._whole(location), dim, self.rows.start, self.rows.count), {})
+        part.cell.what = location.address
+        return part
+
+    def _whole(self, location: Location) -> Value:
+        state = self._state(location)
+        what, spec = location.address, self._spec(location)
+        return self.value(Cell(self, spec, state.node, what, user_line(), handles=[(state, state.version)]))
+
+    def row_dim(self, location: Location) -> int | None:
+        """The dimension of a location that counts the rows of the batch, inside an invoke; None where all share it.
+
+        Raises: TraceError where the batch is folded into another dimension.
+        """
+        if self.rows is None:
+            return None
+        spec = self.program.nodes[location.node].meta["spec"]
+        try:
+            return self.rows.dim_of(spec)
+        except TraceError as error:
+            raise TraceError(f"{location.address} inside an invoke: {error}") from None
 
     def spec(self, location: Location) -> TensorSpec:
-        """Dtype, shape (numbers) and strides of a location for the present inputs."""
+        """Dtype, shape (numbers) and strides of a location for the present inputs (and rows)."""
+        spec, dim = self._spec(location), self.row_dim(location)
+        if dim is None or self.rows is None:
+            return spec
+        return replace(spec, shape=(*spec.shape[:dim], self.rows.count, *spec.shape[dim + 1 :]))
+
+    def _spec(self, location: Location) -> TensorSpec:
         found = self._specs.get(location.node)
         if found is None:
             spec = self.program.nodes[location.node].meta["spec"]
@@ -98,13 +171,29 @@ class Recorder:
             found = self._specs[location.node] = spec.at(self.sizes)
         return found
 
+    def move(self, places: Places, sizes: Mapping[str, int] | None = None) -> None:
+        """Go on over another program of the same model: one in which something has been opened."""
+        self.sizes = self.body.sizes = self.sizes if sizes is None else sizes
+        self.places, self.program, self._specs = places, places.program, places.specs(self.sizes)
+
+    def relocate(self, find: Callable[[Location], Location]) -> None:
+        """After a move to a program with other calls: the same locations there."""
+        for state in self._states.values():
+            state.location = find(state.location)
+        self._states = {state.location.key: state for state in self._states.values()}
+
     def _state(self, location: Location) -> State:
         state = self._states.get(location.key)
         if state is None:
             node = self.body.graph.placeholder(f"read_{len(self._states)}")
-            node.meta.update(spec=self.spec(location), origin=Origin(user=user_line(), made_by="body"))
+            node.meta.update(spec=self._spec(location), origin=Origin(user=user_line(), made_by="body"))
             state = self._states[location.key] = State(location, node, node.name)
         return state
+
+    @property
+    def locations(self) -> list[Location]:
+        """What has been read or written so far."""
+        return [state.location for state in self._states.values()]
 
     def layout(self, value: torch.Tensor) -> bool:
         """Whether a tensor or value lies row by row in memory."""
@@ -134,20 +223,42 @@ class Recorder:
                     "(out.logits[:] = ...) or write the whole (model.output = ...)"
                 )
 
+    # -- writes ------------------------------------------------------------------------------------------------------
+
     def is_current(self, location: Location, value: Any) -> bool:
         """Whether the value is what the location has already (``m.output *= 2`` writes it back)."""
-        return isinstance(value, Value) and self.body.node_of(value) is self._state(location).node
+        if not isinstance(value, Value) or value.cell.recorder is not self:
+            return False
+        state = self._state(location)
+        if self.rows is not None and value.cell.what is location.address and value.cell.base is not None:
+            return value.cell.root.node is state.node
+        return self.body.node_of(value) is state.node
 
     def assign(self, location: Location, value: torch.Tensor) -> None:
-        """The location gets the value; only there. Shapes have been checked (``writes``)."""
+        """The location gets the value; only there. Shapes have been checked (``write``)."""
         if self.is_current(location, value):
             return
-        node, state = self.body.node_of(value), self._state(location)
+        written = value if self.rows is None else self._scattered(location, value, self.rows)
+        node, state = self.body.node_of(written), self._state(location)
         state.node = state.assigned = node
-        state.version += 1
+        state.version = next(self._versions)
         state.line = user_line()
-        if isinstance(value, Value) and value.cell.base is None:
-            value.cell.root.handles.append((state, state.version))
+        if isinstance(written, Value) and written.cell.base is None and written.cell.recorder is self:
+            self.body.remember(written.cell.root)
+            written.cell.root.handles.append((state, state.version))
+
+    def _scattered(self, location: Location, value: torch.Tensor, rows: Rows) -> Any:
+        """The whole batch with other rows."""
+        dim = self.row_dim(location)
+        if dim is None:
+            raise self._shared(location)
+        whole = self._whole(location)
+        return self.call(torch.slice_scatter, (whole, value, dim, rows.start, rows.stop), {})
+
+    def _shared(self, location: Location) -> WriteError:
+        return WriteError(
+            f"{location.address} has no row for each prompt: all invokes share it; write it outside the invokes"
+        )
 
     def writes(self) -> tuple[Write, ...]:
         """All writes so far, one or two for each written location."""
@@ -171,8 +282,10 @@ class Recorder:
                     "written again; it has no effect on the model: read the location anew and edit that"
                 )
                 continue
+            if self.rows is not None and self.row_dim(state.location) is None:
+                raise self._shared(state.location)
             state.node = root.node
-            state.version += 1
+            state.version = next(self._versions)
             root.handles[number] = (state, state.version)
             if state.assigned is not None:
                 state.assigned, state.line = root.node, user_line()
@@ -180,22 +293,81 @@ class Recorder:
                 state.in_place, state.in_place_line = root.node, user_line()
             self.on_edit(state.location, root.node)
 
+    # -- a branch not taken ------------------------------------------------------------------------------------------
+
+    def enter_branch(self) -> Callable[[], None]:
+        """What follows is written down and forgotten: nothing of it is done.  Returns: ends the branch."""
+        states = {key: replace(state) for key, state in self._states.items()}
+        saved, updates, mutated = len(self.saved), dict(self.body.updates), len(self.body.mutated)
+        self._branch, self.body.journal = [], []
+
+        def leave() -> None:
+            for cell, kept in reversed(self.body.journal or []):
+                vars(cell).update(kept)
+            for key, state in self._states.items():
+                old = states.get(key, State(state.location, self.body.named(state.read), state.read))
+                vars(state).update(vars(old))
+            del self.saved[saved:], self.body.mutated[mutated:]
+            self.body.updates = updates
+            why = "belongs to a branch whose condition was false"
+            self._unset.update(dict.fromkeys(self._branch or [], why))
+            self._branch = self.body.journal = None
+
+        return leave
+
+    @property
+    def in_dead_branch(self) -> bool:
+        """Whether what is written now is forgotten."""
+        return self._branch is not None
+
+    def why_unset(self, cell: Cell) -> str:
+        """Why a value has no number though it was saved; empty when there is no reason known."""
+        return self._unset.get(cell, "")
+
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def keep(self, value: Any) -> None:
         """Mark a structured value as saved."""
-        self._saved.append(value)
+        self.saved.append(value)
 
-    def finish(self) -> tuple[Intervention, list[Any]]:
-        """The intervention, and the saved objects in order of their saves.
+    def stop(self, cell: Cell) -> None:
+        """The forward ends where this value is there: of two stops the earlier."""
+        times = [state.location.since for state, _ in cell.root.handles if isinstance(state, State)]
+        time = max([*times, *self.needed_times(self.body.current(cell))], default=0.0)
+        if self._stop is None or time < self._stop.time:
+            self._stop = Stop(time, str(cell.what), user_line())
+
+    def finish(self) -> None:
+        """The block has ended.
 
         Raises: InputError when a tensor of the user's was changed after the body had used it.
         """
         self.undress()
-        saves = tuple(self._save(value) for value in self._saved)
-        asked = self.intervention(saves)
-        self._warn_of_lost_edits(asked)
-        return asked, self._saved
+        self.saved = [thaw(value) for value in self.saved]
+        self._warn_of_lost_edits(self.asked(()))
+
+    def asked(self, wanted: Iterable[Value]) -> Intervention:
+        """The whole intervention: what was saved, and some values besides."""
+        extra = [self.save_of([self.body.node_of(value)]) for value in wanted]
+        return self.intervention((*(self._save(value) for value in self.saved), *extra))
+
+    def results(self, wanted: Iterable[Value]) -> list[Value]:
+        """The values that the results of ``asked`` belong to, in order."""
+        leaves = [leaf for value in self.saved for leaf in flatten(value)[0]]
+        return [*(x for x in leaves if self._is_result(x)), *wanted]
+
+    def _is_result(self, leaf: Any) -> bool:
+        if not isinstance(leaf, Value) or leaf.cell.recorder is not self:
+            return False
+        stop = self._stop
+        if stop is None or max(self.needed_times(self.body.node_of(leaf)), default=0.0) <= stop.time:
+            return True
+        self._unset[leaf.cell] = f"is computed later than {stop.what}, where the forward is stopped ({stop.line})"
+        return False
+
+    def _save(self, value: Any) -> Save:
+        leaves, tree = flatten(value)
+        return Save(tree, tuple(self.body.node_of(x).name if self._is_result(x) else _plain(x) for x in leaves))
 
     def _warn_of_lost_edits(self, asked: Intervention) -> None:
         """An in-place edit of a copy, or of a result, that nothing uses afterwards."""
@@ -217,22 +389,29 @@ class Recorder:
         updates = tuple((number, node.name) for number, node in body.updates.items())
         return Intervention(body.graph, reads, body.constant_specs(), weights, self.writes(), saves, updates, looked)
 
-    def node_of(self, value: Value) -> fx.Node:
-        """The node of a value as it is now."""
-        return self.body.node_of(value)
-
     @property
     def constants(self) -> list[torch.Tensor]:
-        """The tensors of the user's that the body uses, by number."""
+        """The tensors of the user's that the body uses, by number; values of earlier blocks are computed for it."""
+        for constant in self.body.constants:
+            if isinstance(constant, Value):
+                constant.cell.recorder.force()
         return self.body.constants
 
     def weight(self, name: str) -> Any:
         """A parameter or buffer of the model by name."""
         return self.lookup(name)
 
-    def read_times(self) -> Mapping[str, float]:
-        """When each location that was read is there, by placeholder."""
-        return {state.read: state.location.since for state in self._states.values()}
+    def needed_times(self, node: fx.Node) -> list[float]:
+        """When the locations are there that a node needs."""
+        times = {state.read: state.location.since for state in self._states.values()}
+        seen: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            at = stack.pop()
+            if at not in seen:
+                seen.add(at)
+                stack += at.all_input_nodes
+        return [times[n.name] for n in seen if n.name in times]
 
     def trial(self, write: Write) -> Intervention:
         """What has been asked for so far, and one more write."""
@@ -242,10 +421,6 @@ class Recorder:
             self._state(write.location)
             asked = self.intervention(())
         return replace(asked, writes=(*others, write))
-
-    def _save(self, value: Any) -> Save:
-        leaves, tree = flatten(value)
-        return Save(tree, tuple(self.body.node_of(x).name if isinstance(x, Value) else _plain(x) for x in leaves))
 
     def save_of(self, nodes: Sequence[fx.Node]) -> Save:
         """A save of some nodes, as a tuple."""

@@ -85,13 +85,13 @@ class Look:
     @property
     def sizes(self) -> Mapping[str, int]:
         """The named sizes of the open trace; none outside."""
-        return {} if self.trace is None else self.trace._sizes
+        return {} if self.trace is None else self.trace.sizes
 
     @property
     def captured(self) -> Places | None:
         """The places of the program; None while nothing has been captured."""
         captures, trace = self.root._captures, self.trace
-        program: Program | None = captures.latest if trace is None else trace._captured
+        program: Program | None = captures.latest if trace is None else trace.captured
         places: Places | None = None if program is None else captures.places(program)
         return places
 

@@ -1,12 +1,14 @@
 """One trace: ``with model.trace(...) as tracer``.
 
 Entering finds the program (captured once), the body records, leaving compiles the intervention in, runs it, and turns
-what was saved into plain tensors: in place, for every variable that holds them.
+what was saved into plain tensors: in place, for every variable that holds them. Inside a session the running waits for
+the session's end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -15,17 +17,23 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
+from fxsight.at import At
+from fxsight.become import become
+from fxsight.branch import Branch
 from fxsight.captures import Captures
 from fxsight.causality import check_causal, check_edit
-from fxsight.errors import NeedsValueError, TraceError, UnknownAddress
-from fxsight.intervention import Intervention
+from fxsight.context import enter_trace, here, leave_trace
+from fxsight.errors import NeedsValueError, NotExecuted, TraceError, UnknownAddress
+from fxsight.invoke import Batch, Invoker
 from fxsight.lines import user_line
 from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place
+from fxsight.program import Program
 from fxsight.record import Recorder
+from fxsight.rows import Call
 from fxsight.run import Executable
 from fxsight.tree import flatten
-from fxsight.value import Value, not_saved, values_in
+from fxsight.value import Value, check_usable, values_in
 from fxsight.write import check_write, present
 
 Backend = Literal["auto", "eager", "inductor"]
@@ -35,41 +43,87 @@ BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")
 class Tracer:
     """The trace of one body over one call of a model.
 
+    call: positional and keyword arguments; None where each ``invoke`` brings its own.
     program: after the block, the finished program: printable, callable on new inputs (returns the saves in order).
     tier: how the values were computed: "eager" (bitwise the model's own) or "inductor" (``lower.TOLERANCE``).
     """
 
-    def __init__(self, captures: Captures, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: Backend) -> None:
-        self._captures, self._args, self._kwargs = captures, args, dict(kwargs)
+    def __init__(self, captures: Captures, call: Call | None, backend: Backend) -> None:
+        self.captures = captures
+        self.invoker: Invoker | None = None  # the last
+        self.asked_call = call  # in a loop of a session it may hold items, which are known when the loop runs
+        session = here().session
+        self._batch = Batch([session.example(call) if session else call] if call is not None else [], call is None)
         self._backend: Backend = backend
-        self._leaves = flatten((args, self._kwargs))[0]
         self._known: dict[str, torch.Tensor] = {}
         self._executable: Executable | None = None
+        self._recorder: Recorder | None = None
+        self._skipped: list[tuple[Address, object, str]] = []
 
     # -- the block ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
-        self._captured, self._sizes = self._captures.find(self._args, self._kwargs)
-        self._places = self._captures.places(self._captured)
-        self._recorder = Recorder(
-            self._places, self._sizes, self._captures.weight_names, self._demand, self._captures.weight
-        )
-        self._recorder.on_edit = partial(check_edit, self._recorder)
-        self._captures.enter(self)
+        if self._batch.calls:
+            self._begin()
+        enter_trace(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        self._captures.leave(self)
-        stopped = isinstance(error, Stopped) and error.trace is self
-        self._recorder.is_open = error is None or stopped
+        leave_trace(self)
+        stopped = isinstance(error, Stopped) and error.block is self
+        if self._recorder is None and error is None:
+            raise TraceError("trace() needs an input, or at least one `with tracer.invoke(...)` block")
+        if self._recorder is None:
+            return None
         try:
-            if self._recorder.is_open:
-                self._finish()
+            if error is None or stopped:
+                self._end(self._recorder)
         finally:
-            self._recorder.is_open = False
+            if self._recorder.phase == "open":
+                self._recorder.phase = "done"
         return stopped or None
+
+    def _end(self, recorder: Recorder) -> None:
+        recorder.finish()
+        session = here().session
+        if session is None:
+            self.run([])
+        else:
+            recorder.phase = "waiting"
+            session.add(self)
+
+    def _begin(self) -> None:
+        self._captured, self._sizes = self.captures.find(*self._batch.joined)
+        self._base = self._captured
+        self._places = self.captures.places(self._captured)
+        captures = self.captures
+        self._recorder = Recorder(self._places, self._sizes, captures.weight_names, self._demand, captures.weight)
+        self._recorder.on_edit = partial(check_edit, self._recorder)
+        session = here().session
+        if session is not None:
+            self._recorder.alive, self._recorder.force = [], session.force
+
+    @property
+    def recorder(self) -> Recorder:
+        """What the body is written down in.
+
+        Raises: TraceError before the first invoke of a trace without input.
+        """
+        if self._recorder is None:
+            raise TraceError("this trace has no input yet: its values are there inside `with tracer.invoke(x):`")
+        return self._recorder
+
+    @property
+    def captured(self) -> Program:
+        """The program the body is recorded on."""
+        return self._captured
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The named sizes of the inputs."""
+        return self._sizes
 
     @property
     def program(self) -> Executable:
@@ -78,7 +132,7 @@ class Tracer:
         Raises: TraceError before the block has ended.
         """
         if self._executable is None:
-            raise TraceError("the program is finished when the block ends: use tracer.program after it")
+            raise TraceError("the program is finished when the block ends (in a session, when that ends): use it then")
         return self._executable
 
     @property
@@ -95,6 +149,77 @@ class Tracer:
         """End the block here: what comes after it in the block is not done, and nothing only it needs is run."""
         raise Stopped(self)
 
+    def log(self, *values: Any) -> None:
+        """Print values, now; numbers that are needed for it are computed now."""
+        if not self.recorder.in_dead_branch:
+            print(*values)
+
+    def cond(self, condition: Any) -> AbstractContextManager[None]:
+        """A block whose edits and saves count only if the condition holds: ``with tracer.cond(h.sum() > 0):``.
+
+        condition: a plain value, or a value of the trace, whose number is computed now. Plain ``if`` does the same
+        and runs nothing of the other branch; here the block itself is run by Python in any case.
+        """
+        return Branch(self.recorder, condition)
+
+    # -- invokes -----------------------------------------------------------------------------------------------------
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+        """A block for rows of its own: several inputs run as one batch, and each block sees and edits its rows.
+
+        Without input: a block that sees the whole batch.
+        """
+        return Invoker(self, (args, kwargs))
+
+    def barrier(self, count: int = 0) -> Any:
+        """Accepted, and not needed: values flow between invokes as data.  Returns: a function that does nothing."""
+        return lambda: None
+
+    def enter_invoke(self, invoker: Invoker) -> None:
+        """The rows of an invoke are read and written from now on.
+
+        Raises: TraceError inside another invoke, or where its input cannot join the batch.
+        """
+        self._batch.enter(invoker)
+        self.invoker = invoker
+        if not invoker.has_input:
+            self.recorder.rows = None
+            return
+        if self._recorder is None:
+            self._begin()
+        else:
+            self._grow(self._recorder)
+        self.recorder.body.looked |= self._batch.sizes_of(self._captured)
+        self.recorder.rows = self._batch.rows_of(self._captured)
+
+    def leave_invoke(self) -> None:
+        """All rows are read and written from now on."""
+        self._batch.leave()
+        if self._recorder is not None:
+            self._recorder.rows = None
+
+    def _grow(self, recorder: Recorder) -> None:
+        """More rows: the program for all of them, which may be another than for the rows before."""
+        captured, self._sizes = self.captures.find(*self._batch.joined)
+        self._known.clear()
+        before, self._places = self._captured, self.captures.places(captured)
+        self._captured = self._base = captured
+        recorder.move(self._places, self._sizes)
+        if captured is not before:
+            recorder.relocate(self._relocated)
+
+    def _relocated(self, location: Location) -> Location:
+        port = location.address.port
+        try:
+            place = self.place(location.address.place)
+            found = self._places.locations(place, "output" if port == "output" else "inputs")[1]
+            return next(x for x in found if x is not None and (x.side, x.leaf) == (location.side, location.leaf))
+        except (UnknownAddress, NotExecuted, StopIteration):
+            raise TraceError(
+                f"with the rows of another invoke the forward takes another way, on which {location.address} has no "
+                "value; use a trace for each"
+            ) from None
+
     # -- what views ask ----------------------------------------------------------------------------------------------
 
     def place(self, address: Address) -> Place:
@@ -102,6 +227,8 @@ class Tracer:
 
         Raises: UnknownAddress, NotExecuted.
         """
+        self.recorder  # noqa: B018 - raises where there is no input yet
+        self._check_skipped(address)
         try:
             return self._places.find(address)
         except UnknownAddress:
@@ -113,9 +240,9 @@ class Tracer:
 
         Raises: UnknownAddress when opening does not help.
         """
-        self._captured = self._captures.opened(self._captured, address)
-        self._places = self._captures.places(self._captured)
-        self._recorder.move(self._places)
+        self._captured = self.captures.opened(self._captured, address)
+        self._places = self.captures.places(self._captured)
+        self.recorder.move(self._places)
 
     def at(self, address: str | Address) -> At:
         """The place of an address, with ``output``, ``input`` and ``inputs`` to read and write."""
@@ -126,9 +253,9 @@ class Tracer:
 
         Raises: TraceError when the block has ended.
         """
-        if not self._recorder.is_open:
+        if not self.recorder.is_open:
             raise TraceError(f"{place.address.at(port)} has a value only inside a trace: with model.trace(...):")
-        return present(self._recorder, place, port, self._write_leaf)
+        return present(self.recorder, place, port, self._write_leaf)
 
     def write(self, place: Place, port: str, value: Any) -> None:
         """Let a port have another value.
@@ -136,57 +263,97 @@ class Tracer:
         Raises: WriteError, CausalityError at the user's line.
         """
         for leaf in values_in(value):
-            if not leaf.cell.recorder.is_open:
-                raise not_saved(leaf.cell)
-            if leaf.cell.recorder is not self._recorder:
+            check_usable(leaf.cell)
+            if leaf.cell.recorder.is_open and leaf.cell.recorder is not self._recorder:
                 raise TraceError(
                     f"{place.address.at(port)} is written {leaf.cell.what}, a value of another trace; "
                     "save it there and write it after that block"
                 )
-        for location, leaf in check_write(self._recorder, place, port, value):
+        for location, leaf in check_write(self.recorder, place, port, value):
             self._write_leaf(location, leaf)
 
     def _write_leaf(self, location: Location, leaf: Any) -> None:
-        check_causal(self._recorder, location, leaf)
-        self._recorder.assign(location, leaf)
+        check_causal(self.recorder, location, leaf)
+        self.recorder.assign(location, leaf)
+
+    def skip(self, address: Address, value: Any) -> None:
+        """Let a call return a value without running; its inner values are gone.
+
+        Raises: WriteError where the structure differs; TraceError when something inside has been used already.
+        """
+        used = next((x for x in self.recorder.locations if _inside(x.address, address)), None)
+        if used is not None:
+            raise TraceError(
+                f"{address} cannot be skipped: {used.address} inside it is used in this trace, and would not run"
+            )
+        self.write(self.place(address), "output", value)
+        self._skipped.append((address, self.recorder.rows, user_line()))
+
+    def _check_skipped(self, address: Address) -> None:
+        for skipped, rows, line in self._skipped:
+            if _inside(address, skipped) and rows == self.recorder.rows:
+                raise NotExecuted(f"{address.place} does not run: {skipped} around it is skipped ({line})")
 
     def save(self, value: Any) -> None:
         """Keep every value of a structure."""
-        self._recorder.keep(value)
+        self.recorder.keep(value)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
-        asked, saved = self._recorder.finish()
-        self._executable = self._captures.executable(
-            self._captured, asked, self._recorder.constants, self._tier(), self._use_known()
-        ).bound([*self._recorder.constants, *self._known.values()], bool(self._known))
-        results = list(self._executable.run(self._leaves, [*self._recorder.constants, *self._known.values()]))
-        self._fill(saved, results)
-        for (number, _), value in zip(asked.updates, results[len(results) - len(asked.updates) :], strict=True):
+    def run(self, wanted: Sequence[Value]) -> None:
+        """Compute what was saved, and some values besides; they become plain tensors."""
+        recorder, constants = self.recorder, self.recorder.constants
+        asked = recorder.asked(wanted)
+        known = [*constants, *self._known.values()]
+        self._executable = self.captures.executable(
+            self._captured, asked, constants, self._tier(), self._use_known()
+        ).bound(known, bool(self._known))
+        self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
+        recorder.phase, recorder.alive = "done", None
+        self._fill(self._executable.run(flatten(self._batch.joined)[0], known))
+
+    def run_again(self, call: Call, wanted: Sequence[Value]) -> None:
+        """The same block on another input, in a loop of a session; the first time as ``run``.
+
+        Raises: TraceError where the input takes another way through the model.
+        """
+        if self._executable is None:
+            self._batch = Batch([call], grows=False)
+        captured, sizes = self.captures.find(*call)
+        if self._executable is None and captured is self._base:
+            self.recorder.move(self._places, sizes)
+            return self.run(wanted)
+        fixed = self.program.fixed if self._executable is not None else {}
+        if captured is not self._base or self._known or any(sizes[s] != n for s, n in fixed.items()):
+            raise TraceError(
+                "the elements of this loop take different ways through the model, or the block looks at sizes or "
+                "numbers; write `for item in session.iter(...):`"
+            )
+        return self._fill(self.program.run(flatten(call)[0], self.recorder.constants))
+
+    def _fill(self, results: Sequence[torch.Tensor]) -> None:
+        """Each saved value becomes its tensor, each tensor of the user's that was changed its new value."""
+        pairs: dict[int, tuple[Value, torch.Tensor]] = {}
+        for value, tensor in zip(self._results, results, strict=False):
+            pairs.setdefault(id(value), (value, tensor))
+        for value, tensor in pairs.values():
+            become(value, tensor)
+        constants = self.recorder.constants
+        for number, new in zip(self._updates, results[len(results) - len(self._updates) :], strict=True):
             with torch.no_grad():
-                self._recorder.constants[number].copy_(value)
+                constants[number].copy_(new)
 
     def _tier(self) -> Literal["eager", "inductor"]:
         return "inductor" if self._backend == "inductor" else "eager"
 
-    def _fill(self, saved: Sequence[Any], results: Sequence[torch.Tensor]) -> None:
-        """Each saved value becomes its tensor."""
-        values = [leaf for value in saved for leaf in flatten(value)[0] if isinstance(leaf, Value)]
-        pairs: dict[int, tuple[Value, torch.Tensor]] = {}
-        for value, tensor in zip(values, results, strict=False):
-            pairs.setdefault(id(value), (value, tensor))
-        for value, tensor in pairs.values():
-            become(value, tensor)
-
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
         """The numbers of some nodes, now."""
-        asked: Intervention = self._recorder.intervention((self._recorder.save_of(nodes),))
-        constants = self._recorder.constants
-        known = self._use_known()
-        program = self._captures.demanded(self._captured, asked, known)
-        executable = Executable(program, self._captures.module, constants, "eager", {})
-        values = executable.run_keeping(self._leaves, [*constants, *self._known.values()])
+        recorder, constants = self.recorder, self.recorder.constants
+        asked, known = recorder.intervention((recorder.save_of(nodes),)), self._use_known()
+        program = self.captures.demanded(self._captured, asked, known)
+        executable = Executable(program, self.captures.module, constants, "eager", {})
+        leaves = flatten(self._batch.joined)[0]
+        values = executable.run_keeping(leaves, [*constants, *self._known.values()])
         results = [values[node.name] for node in program.results[: len(nodes)]]
         for name, mark in fingerprints(program.graph, known).items():
             if isinstance(values.get(name), torch.Tensor):
@@ -195,15 +362,25 @@ class Tracer:
 
     def _use_known(self) -> UseKnown | None:
         """What has been computed for this body already, as constants after its own."""
-        return UseKnown(tuple(self._known), len(self._recorder.constants)) if self._known else None
+        return UseKnown(tuple(self._known), len(self.recorder.constants)) if self._known else None
+
+
+def _inside(address: Address, outer: Address) -> bool:
+    """Whether a place is inside the call of another."""
+    if outer.steps:
+        return (address.module, address.call) == (outer.module, outer.call) and (
+            len(address.steps) > len(outer.steps) and address.steps[: len(outer.steps)] == outer.steps
+        )
+    below = address.module.startswith(f"{outer.module}." if outer.module else "") and address.module != outer.module
+    return below or (address.module == outer.module and bool(address.steps))
 
 
 class Stopped(BaseException):
-    """Ends the block of one trace; never seen outside it."""
+    """Ends one block, a trace's or a session's; never seen outside it."""
 
-    def __init__(self, trace: Tracer) -> None:
-        super().__init__("the trace is stopped")
-        self.trace = trace
+    def __init__(self, block: object) -> None:
+        super().__init__("the block is stopped")
+        self.block = block
 
 
 class Scan(Tracer):
@@ -212,62 +389,18 @@ class Scan(Tracer):
     Saved values become tensors without data (device "meta"). What needs a number is an error.
     """
 
-    def _finish(self) -> None:
-        for value in self._recorder.finish()[1]:
-            for leaf in flatten(value)[0]:
-                if isinstance(leaf, Value):
-                    become(leaf, torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta"))
+    def _end(self, recorder: Recorder) -> None:
+        recorder.finish()
+        self.run([])
+
+    def run(self, wanted: Sequence[Value]) -> None:
+        """Nothing is computed: shapes and dtypes alone."""
+        recorder = self.recorder
+        for value in dict.fromkeys(recorder.results(wanted)):
+            become(value, torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta"))
+        recorder.phase = "done"
 
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
         raise NeedsValueError(
             f"{user_line()}: a number is needed, and a scan runs nothing; use torch.where, or model.trace(...)"
         )
-
-
-class At:
-    """The values of one place inside a trace."""
-
-    def __init__(self, tracer: Tracer, place: Place) -> None:
-        self._tracer, self._place = tracer, place
-
-    @property
-    def output(self) -> Any:
-        """What it returns."""
-        return self._tracer.read(self._place, "output")
-
-    @output.setter
-    def output(self, value: Any) -> None:
-        self._tracer.write(self._place, "output", value)
-
-    @property
-    def input(self) -> Any:
-        """Its first argument."""
-        return self._tracer.read(self._place, "input")
-
-    @input.setter
-    def input(self, value: Any) -> None:
-        self._tracer.write(self._place, "input", value)
-
-    @property
-    def inputs(self) -> Any:
-        """All its arguments: ``(args, kwargs)``."""
-        return self._tracer.read(self._place, "inputs")
-
-    @inputs.setter
-    def inputs(self, value: Any) -> None:
-        self._tracer.write(self._place, "inputs", value)
-
-
-def become(value: Value, tensor: torch.Tensor) -> None:
-    """Turn a value into a plain tensor, for all who hold it; ``.value`` on it still works.
-
-    Source: ``torch.utils.swap_tensors`` exchanges the two objects' contents and classes.
-    """
-    plain = tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor
-    swap: Any = torch.utils.swap_tensors
-    try:
-        swap(value, plain)
-    except RuntimeError:  # something else refers to this very tensor (a view of it): swap with a view, too
-        swap(value, plain.view_as(plain))
-    tensor_now: Any = value
-    tensor_now.value = value.view_as(value)  # another tensor of the same memory: no cycle

@@ -6,7 +6,7 @@ says so when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from fxsight import _torch
+from fxsight.containers import savable
+from fxsight.context import here
 from fxsight.errors import NotSavedError, TraceError
 from fxsight.mutate import ViewStep
 from fxsight.spec import TensorSpec
@@ -27,6 +29,14 @@ class Recording(Protocol):
         """One torch call on values."""
         ...
 
+    def apply(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Any function on the numbers of values, now."""
+        ...
+
+    def value(self, cell: Cell) -> Value:
+        """The value of a cell."""
+        ...
+
     def keep(self, value: Any) -> None:
         """Mark a structured value as saved."""
         ...
@@ -35,9 +45,26 @@ class Recording(Protocol):
         """A tensor without data, in memory of its own."""
         ...
 
+    def stop(self, cell: Cell) -> None:
+        """The forward ends where this value is there."""
+        ...
+
+    def force(self) -> None:
+        """Run the ended block, which waits for the end of its session: its values become tensors."""
+        ...
+
+    def why_unset(self, cell: Cell) -> str:
+        """Why a value has no number though it was saved; empty when it was not saved."""
+        ...
+
     @property
     def is_open(self) -> bool:
         """Whether the block is still being written."""
+        ...
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the block has ended and runs with its session."""
         ...
 
 
@@ -98,15 +125,11 @@ class Value(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         values = list(values_in((args, kwargs)))
-        for value in values:
-            if not value.cell.recorder.is_open:
-                raise not_saved(value.cell)
-        if len({id(value.cell.recorder) for value in values}) > 1:
-            raise TraceError(
-                f"values of two traces in one call: {', '.join(str(v.cell.what) for v in values)}; "
-                "save the first and use it after its block"
-            )
-        return values[0].cell.recorder.call(func, args, kwargs)
+        owner = _owner(values)
+        if owner is None:
+            values[0].cell.recorder.force()  # now they are plain tensors
+            return func(*args, **kwargs)
+        return owner.call(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
@@ -114,24 +137,55 @@ class Value(torch.Tensor):
 
     def save(self) -> Value:
         """Keep the value: after the block this object is a plain tensor.  Returns: itself."""
-        if not self.cell.recorder.is_open:
-            raise not_saved(self.cell)
+        check_usable(self.cell)
         self.cell.recorder.keep(self)
         return self
+
+    def stop(self) -> None:
+        """End the forward here: what is computed later than this value has no value in this trace."""
+        check_usable(self.cell)
+        self.cell.recorder.stop(self.cell)
 
     @property
     def value(self) -> Value:
         """The value itself; after the block, the tensor."""
-        if not self.cell.recorder.is_open:
-            raise not_saved(self.cell)
+        check_usable(self.cell)
         return self
+
+
+def _owner(values: list[Value]) -> Recording | None:
+    """Who records a call on these values: the open block among them, or the one open now; None to compute at once.
+
+    Raises: NotSavedError, TraceError for values of two open blocks.
+    """
+    owners = {id(v.cell.recorder): v.cell.recorder for v in values if v.cell.recorder.is_open}
+    for value in values:
+        check_usable(value.cell)
+    if len(owners) > 1:
+        raise TraceError(
+            f"values of two traces in one call: {', '.join(str(v.cell.what) for v in values)}; "
+            "save the first and use it after its block"
+        )
+    if owners:
+        return next(iter(owners.values()))
+    traces = here().traces
+    return traces[-1].recorder if traces else None
+
+
+def check_usable(cell: Cell) -> None:
+    """A value is of an open block, or of one that waits for the end of its session, and was not in a branch not taken.
+
+    Raises: NotSavedError.
+    """
+    if not (cell.recorder.is_open or cell.recorder.is_waiting) or cell.recorder.why_unset(cell):
+        raise not_saved(cell)
 
 
 def not_saved(cell: Cell) -> NotSavedError:
     """The error for a value used after its block."""
+    why = cell.recorder.why_unset(cell) or "was not saved: write .save() where it is made"
     return NotSavedError(
-        f"Accessing value before it's been set. {cell.what} ({_kind(cell.spec)}), made at {cell.line}, was not saved: "
-        "write .save() where it is made"
+        f"Accessing value before it's been set. {cell.what} ({_kind(cell.spec)}), made at {cell.line}, {why}"
     )
 
 
@@ -167,3 +221,14 @@ class Members(tuple[Any, ...]):
         if first is not None:
             first.cell.recorder.keep(tuple(self))
         return self
+
+
+def apply_now(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function on the numbers of values; without values, simply call it."""
+    values = list(values_in((args, dict(kwargs))))
+    owner = _owner(values) if values else None
+    if owner is not None:
+        return owner.apply(function, args, kwargs)
+    for value in values:
+        value.cell.recorder.force()
+    return savable(function(*args, **kwargs))

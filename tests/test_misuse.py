@@ -431,7 +431,7 @@ def test_a_program_before_the_block_has_ended() -> None:
         with _model().trace(_x()) as tracer:
             print(tracer.program)  # here
 
-    _misuse(body, TraceError, "the program is finished when the block ends: use tracer.program after it")
+    _misuse(body, TraceError, "the program is finished when the block ends (in a session, when that ends): use it then")
 
 
 def test_values_of_two_traces() -> None:

@@ -1,0 +1,53 @@
+"""``At``: the values of one place inside a trace, by address."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from fxsight.place import Place
+
+
+class Reading(Protocol):
+    """What is needed of a trace."""
+
+    def read(self, place: Place, port: str) -> Any:
+        """The value at a port."""
+        ...
+
+    def write(self, place: Place, port: str, value: Any) -> None:
+        """Let a port have another value."""
+        ...
+
+
+class At:
+    """The values of one place inside a trace."""
+
+    def __init__(self, tracer: Reading, place: Place) -> None:
+        self._tracer, self._place = tracer, place
+
+    @property
+    def output(self) -> Any:
+        """What it returns."""
+        return self._tracer.read(self._place, "output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._tracer.write(self._place, "output", value)
+
+    @property
+    def input(self) -> Any:
+        """Its first argument."""
+        return self._tracer.read(self._place, "input")
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._tracer.write(self._place, "input", value)
+
+    @property
+    def inputs(self) -> Any:
+        """All its arguments: ``(args, kwargs)``."""
+        return self._tracer.read(self._place, "inputs")
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        self._tracer.write(self._place, "inputs", value)

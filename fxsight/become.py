@@ -1,0 +1,25 @@
+"""A value becomes a plain tensor, in place, for every variable that holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxsight.value import Value
+
+
+def become(value: Value, tensor: torch.Tensor) -> None:
+    """Turn a value into a plain tensor, for all who hold it; ``.value`` on it still works.
+
+    Source: ``torch.utils.swap_tensors`` exchanges the two objects' contents and classes.
+    """
+    vars(value).pop("value", None)  # of the time before, in a loop
+    plain = tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor
+    swap: Any = torch.utils.swap_tensors
+    try:
+        swap(value, plain)
+    except RuntimeError:  # something else refers to this very tensor (a view of it): swap with a view, too
+        swap(value, plain.view_as(plain))
+    tensor_now: Any = value
+    tensor_now.value = value.view_as(value)  # another tensor of the same memory: no cycle

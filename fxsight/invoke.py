@@ -1,0 +1,108 @@
+"""Invokes: several inputs of one trace as one batch, each block with rows of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import sympy
+
+from fxsight.errors import TraceError
+from fxsight.program import Program
+from fxsight.rows import Call, Rows, batch_size, join, row_count
+
+
+class Batch:
+    """The inputs of one trace, as they come: those of ``trace(x)``, or one for each invoke.
+
+    grows: whether invokes may bring inputs.
+    """
+
+    def __init__(self, calls: list[Call], grows: bool) -> None:
+        self.calls, self.grows = calls, grows
+        self.joined: Call = calls[0] if calls else ((), {})
+        self._open: Invoker | None = None
+        self._whole_seen = False
+
+    def enter(self, invoker: Invoker) -> None:
+        """The block of an invoke begins; its input joins the batch.
+
+        Raises: TraceError inside another invoke, and where the inputs cannot be one batch.
+        """
+        if self._open is not None:
+            raise TraceError("an invoke inside an invoke: end the first block")
+        if invoker.has_input:
+            self._join(invoker.call)
+        elif not self.calls:
+            raise TraceError("the first invoke of a trace needs an input: with tracer.invoke(x):")
+        else:
+            self._whole_seen = True
+        self._open = invoker
+
+    def leave(self) -> None:
+        """The block ends."""
+        self._open = None
+
+    def _join(self, call: Call) -> None:
+        if not self.grows:
+            raise TraceError(
+                "this trace has its input from trace(...): write model.trace() and an invoke for each input"
+            )
+        if self._whole_seen:
+            raise TraceError(
+                "an invoke with an input after one without, which has seen the whole batch: write it before"
+            )
+        self.joined = join([*self.calls, call])
+        self.calls.append(call)
+
+    def rows_of(self, program: Program) -> Rows:
+        """The rows of the call that came last."""
+        counts = [row_count(call) for call in self.calls]
+        return Rows(sum(counts[:-1]), sum(counts), sum(counts), batch_size(program))
+
+    def sizes_of(self, program: Program) -> set[str]:
+        """The names of the sizes that the rows fix."""
+        size = batch_size(program)
+        return {size.name} if isinstance(size, sympy.Symbol) else set()
+
+
+class Invoking(Protocol):
+    """What an invoke needs of its trace."""
+
+    def enter_invoke(self, invoker: Invoker) -> None:
+        """Its rows are read and written from now on."""
+        ...
+
+    def leave_invoke(self) -> None:
+        """All rows are read and written from now on."""
+        ...
+
+
+class Invoker:
+    """One block: ``with tracer.invoke(x) as invoker:``.
+
+    inputs: positional and keyword arguments, as given.
+    """
+
+    def __init__(self, tracer: Invoking, call: Call) -> None:
+        self._tracer, self.call = tracer, call
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """``(args, kwargs)`` of this block."""
+        return self.call
+
+    @property
+    def has_input(self) -> bool:
+        """Whether it brings rows of its own."""
+        return bool(self.call[0] or self.call[1])
+
+    def __enter__(self) -> Invoker:
+        self._tracer.enter_invoke(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tracer.leave_invoke()

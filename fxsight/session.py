@@ -1,0 +1,147 @@
+"""A session: several traces, run in the order in which they are written, when the session ends.
+
+Values of one trace are used in the next without ``.save()``. Nothing runs before the end unless a number is needed;
+then everything up to there runs, and what is still held becomes plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, NoReturn
+
+from fxsight.containers import thaw
+from fxsight.context import enter_session, leave_session
+from fxsight.item import Elements, Item, evaluate
+from fxsight.loop import Condition, Loop, Statement
+from fxsight.tracer import Stopped, Tracer
+from fxsight.value import Value, values_in
+
+
+class Session:
+    """``with model.session() as session:``, or ``fxsight.session()`` for traces of several models."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Tracer] = []
+        self._kept: list[Any] = []
+        self._blocks: list[list[Statement]] = []
+        self._loops: list[Loop | None] = []
+
+    def __enter__(self) -> Session:
+        enter_session(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        leave_session()
+        ended = isinstance(error, Stopped) and error.block is self
+        try:
+            if error is None or ended:
+                self._finish()
+        finally:
+            for tracer in self._waiting:
+                tracer.recorder.phase = "done"
+            self._waiting.clear()
+        return ended or None
+
+    # -- what traces ask ---------------------------------------------------------------------------------------------
+
+    def add(self, tracer: Tracer) -> None:
+        """A block has ended, and waits."""
+        if self._blocks:
+            self._blocks[-1].append(lambda now: self._run_again(tracer, now))
+        else:
+            self._waiting.append(tracer)
+
+    def _run_again(self, tracer: Tracer, now: Elements) -> None:
+        args, kwargs = evaluate(tracer.asked_call, now)
+        tracer.run_again((tuple(args), kwargs), self._held(tracer))
+
+    def example(self, value: Any) -> Any:
+        """A structure with the first elements of the loops for their items: what a body in a loop is recorded on."""
+        now: dict[object, Any] = {}
+        for loop in self._loops:
+            if loop is not None:
+                now[loop] = loop.first(now)
+        return evaluate(value, now)
+
+    def force(self) -> None:
+        """Run what waits, and let everything that is still held become plain tensors."""
+        waiting, self._waiting = self._waiting, []
+        for tracer in waiting:
+            tracer.run(self._held(tracer))
+
+    def _held(self, tracer: Tracer) -> list[Value]:
+        """The values of a block that somebody still holds."""
+        refs = tracer.recorder.alive or []
+        held = [value for value in (ref() for ref in refs) if value is not None]
+        refs.clear()  # a tensor with weak references cannot become another
+        return held
+
+    def _finish(self) -> None:
+        for value in self._kept:
+            self.refer(thaw(value))
+        used = [c for tracer in self._waiting for c in tracer.recorder.body.constants if isinstance(c, Value)]
+        for tracer in list(self._waiting):
+            self._held(tracer).clear()
+            tracer.run([value for value in used if type(value) is Value and value.cell.recorder is tracer.recorder])
+            self._waiting.remove(tracer)
+
+    # -- what users ask ----------------------------------------------------------------------------------------------
+
+    def save(self, value: Any) -> Any:
+        """Keep every value in a structure, those put into it later too.  Returns: the structure."""
+        self._kept.append(value)
+        return value
+
+    # -- statements --------------------------------------------------------------------------------------------------
+
+    def open_block(self, loop: Loop | None) -> None:
+        """Statements are written down from now on; what waits runs first."""
+        self.force()
+        self._blocks.append([])
+        self._loops.append(loop)
+
+    def close_block(self) -> list[Statement]:
+        """They are complete."""
+        self._loops.pop()
+        return self._blocks.pop()
+
+    def do(self, statement: Statement) -> None:
+        """Now, or in the block that is being written."""
+        if self._blocks:
+            self._blocks[-1].append(statement)
+        else:
+            statement({})
+
+    def refer(self, value: Any) -> None:
+        """Values in a structure are needed when a block, or the session, runs."""
+        for leaf in values_in(value):
+            leaf.cell.recorder.keep(leaf)
+
+    @property
+    def is_written_down(self) -> bool:
+        """Whether statements are written down, in a loop or a condition."""
+        return bool(self._blocks)
+
+    def log(self, *values: Any) -> None:
+        """Print values; what they need is run now, in a loop for each element."""
+        self.refer(values if self._blocks else ())
+        self.do(lambda now: print(*evaluate(values, now)))
+
+    def iter(self, items: Iterable[Any] | Item, return_context: bool = False) -> Loop:
+        """A loop over items: Python's own (``for item in session.iter(xs)``), or a block written once (``with``).
+
+        return_context: the block gets ``(item, loop)``, with ``loop.exit()``, ``loop.log(...)``, ``loop.cond(...)``.
+        """
+        return Loop(self, items, return_context)
+
+    def cond(self, condition: Any) -> AbstractContextManager[None]:
+        """A block of traces and statements that counts only if the condition holds."""
+        return Condition(self, condition)
+
+    def exit(self) -> NoReturn:
+        """End the session here: the traces so far run, what comes after is not done."""
+        raise Stopped(self)
