@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import getweakrefcount
 
 import sympy
 import torch
@@ -164,3 +165,25 @@ def symbolic(mode: FakeTensorMode, tensor: torch.Tensor, free: list[bool]) -> to
 
     dims = [DimDynamic.DUCK if is_free else DimDynamic.STATIC for is_free in free]
     return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims))
+
+
+def use_count(tensor: Any) -> int:
+    """How many hold a tensor's memory description: 1 for a tensor that only Python knows."""
+    count: int = tensor._use_count()
+    return count
+
+
+def swap(value: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Exchange the contents and classes of two tensors, so that ``value`` is what ``tensor`` was, for all who hold it.
+
+    Reason: ``torch.utils.swap_tensors`` (2.3+) is the public form; it looks through the slots of both classes each
+    time, 4 µs for what takes 1. It is used wherever anything but a plain tensor that nobody else holds is exchanged.
+    """
+    if type(tensor) is torch.Tensor and use_count(tensor) == 1 and not getweakrefcount(value):
+        kind = type(value)
+        vars(value).clear()
+        value.__class__, tensor.__class__ = torch.Tensor, kind
+        torch._C._swap_tensor_impl(value, tensor)
+    else:
+        public: Any = torch.utils.swap_tensors
+        public(value, tensor)

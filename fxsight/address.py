@@ -61,6 +61,10 @@ class Address:
             raise AddressError(f"no port {self.port!r}: a value is one of {', '.join(PORTS)}")
         if self.keys and not self.port:
             raise AddressError("keys need a port: write ':output[0]'")
+        object.__setattr__(self, "_hash", hash((self.module, self.call, self.steps, self.port, self.keys)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined,no-any-return]
 
     def __str__(self) -> str:
         module = f"{self.module}#{self.call}" if self.call else self.module

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fxsight import _torch
 from fxsight.value import Value
 
 
@@ -15,11 +16,10 @@ def become(value: Value, tensor: torch.Tensor) -> None:
     Source: ``torch.utils.swap_tensors`` exchanges the two objects' contents and classes.
     """
     vars(value).pop("value", None)  # of the time before, in a loop
-    plain = tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor
-    swap: Any = torch.utils.swap_tensors
+    plain = tensor.detach() if type(tensor) is torch.nn.Parameter else tensor
     try:
-        swap(value, plain)
+        _torch.swap(value, plain)
     except RuntimeError:  # something else refers to this very tensor (a view of it): swap with a view, too
-        swap(value, plain.view_as(plain))
-    tensor_now: Any = value
-    tensor_now.value = value.view_as(value)  # another tensor of the same memory: no cycle
+        _torch.swap(value, plain.view_as(plain))
+    now: Any = value  # ``value.value`` is another tensor of the same memory, so that there is no cycle
+    now.value = value.view_as(value) if value.requires_grad else value.detach()

@@ -19,7 +19,6 @@ from torch import fx
 from fxsight import _torch
 from fxsight.containers import savable
 from fxsight.errors import InputError, TextError, TraceError
-from fxsight.lines import user_line
 from fxsight.mutate import SELF, ViewStep, mutate
 from fxsight.node import Origin
 from fxsight.rules import Rule, Table, rule_for
@@ -31,7 +30,7 @@ from fxsight.value import Cell, Recording, Value, fake_mode, values_in
 Demand = Callable[[Sequence[fx.Node]], list[torch.Tensor]]
 
 _ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
-_NUMBERS = frozenset(
+NUMBERS = frozenset(
     [
         "item",
         "tolist",
@@ -54,7 +53,7 @@ _NUMBERS = frozenset(
         "cpu_numpy",
     ]
 )
-_GRADIENTS = frozenset(["backward", "requires_grad_", "retain_grad", "register_hook"])
+GRADIENTS = frozenset(["backward", "requires_grad_", "retain_grad", "register_hook"])
 
 
 class _Result:
@@ -130,7 +129,7 @@ class Body:
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._attribute(func, args)
-        if name == "__set__" or name in _GRADIENTS:
+        if name == "__set__" or name in GRADIENTS:
             raise TraceError(
                 f"{_attribute_name(func)} of a traced value: gradients inside a trace are not supported yet"
             )
@@ -138,7 +137,7 @@ class Body:
             raise TraceError(f"{name} changes several tensors in place; write one call for each")
         if func is torch.autograd.grad:
             raise TraceError("torch.autograd.grad of a traced value: gradients inside a trace are not supported yet")
-        if name in _NUMBERS:
+        if name in NUMBERS:
             return func(*self.numbers(args), **self.numbers(kwargs))
         if name in (
             "size",
@@ -219,7 +218,7 @@ class Body:
         )
 
     def _fresh_cell(self, spec: TensorSpec, node: fx.Node, what: object) -> Cell:
-        return Cell(self._owner, spec, node, what, user_line())
+        return Cell(self._owner, spec, node, what, self._owner.line())
 
     def _name(self, func: Any) -> str:
         try:
@@ -235,7 +234,7 @@ class Body:
         except TextError as error:
             raise TraceError(str(error)) from None
         node = self.graph.create_node("call_function", func, tuple(args), dict(kwargs), f"user_{label}")
-        node.meta.update(spec=spec, origin=Origin(user=user_line(), made_by="body"))
+        node.meta.update(spec=spec, origin=Origin(user=self._owner.line(), made_by="body"))
         return node
 
     def _wrap(self, rule: Rule, node: fx.Node, leaves: list[Any], made: tuple[Any, Tree]) -> Any:
@@ -288,6 +287,12 @@ class Body:
         """In a branch not taken: keep what the cell was."""
         if self.journal is not None:
             self.journal.append((cell, {**vars(cell), "handles": list(cell.handles)}))
+
+    def forget(self) -> None:
+        """Keep no tensor of the user's alive."""
+        self.constants, self._versions = [], []
+        self._given.clear()
+        self.updates.clear()
 
     def named(self, name: str) -> fx.Node:
         """The node of that name."""
@@ -363,7 +368,7 @@ class Body:
             label = f"weight_{len(self.weight_names)}" if weight is not None else f"constant_{len(self.constants)}"
             node = self.graph.placeholder(label)
             spec = replace(self._spec_of(tensor), storage=node.name)
-            node.meta.update(spec=spec, origin=Origin(user=user_line(), made_by="body"))
+            node.meta.update(spec=spec, origin=Origin(user=self._owner.line(), made_by="body"))
             if weight is not None:
                 self.weight_names[node.name] = weight
             else:

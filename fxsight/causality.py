@@ -11,7 +11,6 @@ from typing import Any
 from torch import fx
 
 from fxsight.intervention import Write
-from fxsight.lines import user_line
 from fxsight.place import Location
 from fxsight.record import Recorder
 from fxsight.value import Value
@@ -29,7 +28,7 @@ def check_causal(recorder: Recorder, location: Location, value: Any) -> None:
         return
     from fxsight.passes.weave import Weave
 
-    Weave(recorder.trial(Write(location, node.name, False, user_line())))(recorder.program)
+    Weave(recorder.trial(Write(location, node.name, False, recorder.line())))(recorder.program)
 
 
 def check_edit(recorder: Recorder, location: Location, node: fx.Node) -> None:

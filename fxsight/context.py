@@ -30,7 +30,10 @@ def here() -> Here:
 
 def open_trace(model: object) -> Any:
     """The open trace of a model (told by its captures); None outside."""
-    return next((trace for trace in _HERE.get().traces if trace.captures is model), None)
+    for trace in _HERE.get().traces:
+        if trace.captures is model:
+            return trace
+    return None
 
 
 def enter_trace(trace: Any) -> None:
@@ -39,15 +42,15 @@ def enter_trace(trace: Any) -> None:
     Raises: TraceError inside another block on the same model.
     """
     now = _HERE.get()
-    if any(other.captures is trace.captures for other in now.traces):
+    if now.traces and any(other.captures is trace.captures for other in now.traces):
         raise TraceError("a trace inside a trace of the same model: end the first block, or use model.session()")
-    _HERE.set(replace(now, traces=(*now.traces, trace)))
+    _HERE.set(Here((*now.traces, trace), now.session))
 
 
 def leave_trace(trace: Any) -> None:
     """A block ends."""
     now = _HERE.get()
-    _HERE.set(replace(now, traces=tuple(other for other in now.traces if other is not trace)))
+    _HERE.set(Here(tuple([other for other in now.traces if other is not trace]), now.session))
 
 
 def enter_session(session: Any) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.containers import Saved
+from fxsight.context import open_trace
 from fxsight.errors import TraceError
 from fxsight.session import Session
 from fxsight.store import Store
@@ -27,7 +28,7 @@ class View:
     def __init__(self, root: Model | None, module: nn.Module, path: str, call: int = 0) -> None:
         own = self.__dict__
         own["_root"], own["_module"], own["_path"], own["_call"] = root or self, module, path, call
-        own["_views"] = {}
+        own["_views"], own["_address"] = {}, Address(path, call)
 
     # -- values ------------------------------------------------------------------------------------------------------
 
@@ -59,12 +60,12 @@ class View:
         self._write("inputs", value)
 
     def _read(self, port: str) -> Any:
-        trace = self._open(port)
-        return trace.read(trace.place(self.address), port)
+        trace = open_trace(self._root._captures) or self._open(port)
+        return trace.read(self._address, port)
 
     def _write(self, port: str, value: Any) -> None:
         trace = self._open(port)
-        trace.write(trace.place(self.address), port, value)
+        trace.write(self.address, port, value)
 
     def _open(self, port: str) -> Tracer:
         trace: Tracer | None = self._root._captures.open
@@ -77,7 +78,8 @@ class View:
     @property
     def address(self) -> Address:
         """The module's address."""
-        return Address(self._path, self._call)
+        address: Address = self._address
+        return address
 
     @property
     def path(self) -> str:
@@ -267,18 +269,13 @@ def save(value: Any) -> Any:
 
     Raises: NotSavedError for a value of a block that has ended; TraceError when there is no value in it.
     """
-    from fxsight.containers import thaw
-    from fxsight.value import check_usable, values_in
+    from fxsight.value import keep, values_in
 
-    values = list(values_in(thaw(value)))
-    for leaf in values:
-        check_usable(leaf.cell)
-    if not values and isinstance(value, Saved):
+    if isinstance(value, Saved):
         return value.save()
-    if not values:
+    if next(values_in(value), None) is None:
         raise TraceError("nothing to save: no value of a trace in it")
-    for recorder in {id(leaf.cell.recorder): leaf.cell.recorder for leaf in values}.values():
-        recorder.keep(value)
+    keep(value)
     return value
 
 

@@ -197,11 +197,11 @@ class _Port:
         if op is None:
             return self
         trace = self._open(op)
-        return trace.read(trace.place(op.address), self._name)
+        return trace.read(op.address, self._name)
 
     def __set__(self, op: Operation, value: Any) -> None:
         trace = self._open(op)
-        trace.write(trace.place(op.address), self._name, value)
+        trace.write(op.address, self._name, value)
 
     def _open(self, op: Operation) -> Any:
         trace = op.look.trace

@@ -81,6 +81,8 @@ class Recorder:
         self._specs = places.specs(sizes)
         self.body = Body(self, weights, demand, sizes, self._edited, places.rules)
         self.phase: Phase = "open"
+        self.line: Callable[[], str] = user_line  # of the statement that is written down
+        self.has_warned = False
         self.rows: Rows | None = None
         self.on_edit: Callable[[Location, fx.Node], None] = lambda location, node: None
         self.force: Callable[[], None] = lambda: None
@@ -141,7 +143,7 @@ class Recorder:
     def _whole(self, location: Location) -> Value:
         state = self._state(location)
         what, spec = location.address, self._spec(location)
-        return self.value(Cell(self, spec, state.node, what, user_line(), handles=[(state, state.version)]))
+        return self.value(Cell(self, spec, state.node, what, self.line(), handles=[(state, state.version)]))
 
     def row_dim(self, location: Location) -> int | None:
         """The dimension of a location that counts the rows of the batch, inside an invoke; None where all share it.
@@ -186,7 +188,7 @@ class Recorder:
         state = self._states.get(location.key)
         if state is None:
             node = self.body.graph.placeholder(f"read_{len(self._states)}")
-            node.meta.update(spec=self._spec(location), origin=Origin(user=user_line(), made_by="body"))
+            node.meta.update(spec=self._spec(location), origin=Origin(user=self.line(), made_by="body"))
             state = self._states[location.key] = State(location, node, node.name)
         return state
 
@@ -242,7 +244,7 @@ class Recorder:
         node, state = self.body.node_of(written), self._state(location)
         state.node = state.assigned = node
         state.version = next(self._versions)
-        state.line = user_line()
+        state.line = self.line()
         if isinstance(written, Value) and written.cell.base is None and written.cell.recorder is self:
             self.body.remember(written.cell.root)
             written.cell.root.handles.append((state, state.version))
@@ -277,8 +279,9 @@ class Recorder:
                 self.body.updates[state.number] = root.node
                 continue
             if state.version != version:
+                self.has_warned = True
                 lost_edit(
-                    f"{user_line()}: this in-place edit changes a value read before {state.location.address} was "
+                    f"{self.line()}: this in-place edit changes a value read before {state.location.address} was "
                     "written again; it has no effect on the model: read the location anew and edit that"
                 )
                 continue
@@ -288,9 +291,9 @@ class Recorder:
             state.version = next(self._versions)
             root.handles[number] = (state, state.version)
             if state.assigned is not None:
-                state.assigned, state.line = root.node, user_line()
+                state.assigned, state.line = root.node, self.line()
             else:
-                state.in_place, state.in_place_line = root.node, user_line()
+                state.in_place, state.in_place_line = root.node, self.line()
             self.on_edit(state.location, root.node)
 
     # -- a branch not taken ------------------------------------------------------------------------------------------
@@ -335,7 +338,7 @@ class Recorder:
         times = [state.location.since for state, _ in cell.root.handles if isinstance(state, State)]
         time = max([*times, *self.needed_times(self.body.current(cell))], default=0.0)
         if self._stop is None or time < self._stop.time:
-            self._stop = Stop(time, str(cell.what), user_line())
+            self._stop = Stop(time, str(cell.what), self.line())
 
     def finish(self) -> None:
         """The block has ended.
@@ -375,6 +378,7 @@ class Recorder:
         used |= {name for _, name in asked.updates}
         for root in self.body.mutated:
             if not root.handles and not root.node.users and root.node.name not in used:
+                self.has_warned = True
                 lost_edit(
                     f"{origin_of(root.node).user}: this in-place edit is of {root.what}, which nothing reads "
                     "afterwards; it has no effect on the model: edit the output itself, or write the copy to it"

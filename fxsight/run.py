@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,11 @@ class Executable:
         self.constants = list(constants)
         self.decided = False
         self.fixed = dict(fixed)
-        self._fetch = [
-            self._fetcher(b.kind, b.key) for b in program.bindings.values() if b.kind in ("weight", "literal")
-        ]
-        self._order = [(b.kind, b.key) for b in program.bindings.values()]
+        bindings = list(enumerate(program.bindings.values()))
+        self._places: list[Any] = [program.literals.get(str(b.key)) for _, b in bindings]
+        self._weights = [(i, weight_fetcher(module, str(b.key))) for i, b in bindings if b.kind == "weight"]
+        self._inputs = [(i, int(b.key)) for i, b in bindings if b.kind == "input"]
+        self._constants = [(i, int(b.key)) for i, b in bindings if b.kind == "constant"]
         self._lowered: Lowered | None = eager(program) if tier == "eager" else None
 
     def bound(self, constants: Sequence[torch.Tensor], decided: bool) -> Executable:
@@ -103,17 +105,14 @@ class Executable:
         return keeping(self.program)(*self._arguments(leaves, constants))
 
     def _arguments(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> list[Any]:
-        fetched = iter(self._fetch)
-        return [
-            leaves[key] if kind == "input" else constants[key] if kind == "constant" else next(fetched)()  # type: ignore[index]
-            for kind, key in self._order
-        ]
-
-    def _fetcher(self, kind: str, key: str | int) -> Fetch:
-        if kind == "literal":
-            literal = self.program.literals[str(key)]
-            return lambda: literal
-        return weight_fetcher(self.module, str(key))
+        arguments = self._places.copy()
+        for place, fetch in self._weights:
+            arguments[place] = fetch()
+        for place, key in self._inputs:
+            arguments[place] = leaves[key]
+        for place, key in self._constants:
+            arguments[place] = constants[key]
+        return arguments
 
     def __str__(self) -> str:
         return self.program.text
@@ -124,9 +123,10 @@ class Executable:
 def _own(results: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     """Operators may return their argument itself (``dropout`` in eval): such a result is a copy."""
     taken = set(map(id, arguments))
-    own: list[Any] = []
-    for result in results:
-        own.append(result.clone() if id(result) in taken and isinstance(result, torch.Tensor) else result)
+    own = list(results)
+    for place, result in enumerate(own):
+        if id(result) in taken and isinstance(result, torch.Tensor):
+            own[place] = result.clone()
         taken.add(id(result))
     return own
 
@@ -137,5 +137,5 @@ def weight_fetcher(module: nn.Module, name: str) -> Fetch:
     owner: Any = module.get_submodule(path)
     for table in (owner._parameters, owner._buffers):
         if leaf in table:
-            return lambda table=table: table[leaf]  # type: ignore[misc]
-    return lambda: getattr(owner, leaf)
+            return partial(table.__getitem__, leaf)
+    return partial(getattr, owner, leaf)

@@ -72,6 +72,7 @@ class Session:
         waiting, self._waiting = self._waiting, []
         for tracer in waiting:
             tracer.run(self._held(tracer))
+            tracer.forget()
 
     def _held(self, tracer: Tracer) -> list[Value]:
         """The values of a block that somebody still holds."""
@@ -87,6 +88,7 @@ class Session:
         for tracer in list(self._waiting):
             self._held(tracer).clear()
             tracer.run([value for value in used if type(value) is Value and value.cell.recorder is tracer.recorder])
+            tracer.forget()
             self._waiting.remove(tracer)
 
     # -- what users ask ----------------------------------------------------------------------------------------------

@@ -27,13 +27,14 @@ from fxsight.errors import NeedsValueError, NotExecuted, TraceError, UnknownAddr
 from fxsight.invoke import Batch, Invoker
 from fxsight.lines import user_line
 from fxsight.passes.use_known import UseKnown, fingerprints
-from fxsight.place import Location, Place
+from fxsight.place import Location, Place, Places
 from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.rows import Call
 from fxsight.run import Executable
 from fxsight.tree import flatten
 from fxsight.value import Value, check_usable, values_in
+from fxsight.walk import Finish, Walk
 from fxsight.write import check_write, present
 
 Backend = Literal["auto", "eager", "inductor"]
@@ -58,6 +59,8 @@ class Tracer:
         self._known: dict[str, torch.Tensor] = {}
         self._executable: Executable | None = None
         self._recorder: Recorder | None = None
+        self._walk: Walk | None = None
+        self._finished: Finish | None = None
         self._skipped: list[tuple[Address, object, str]] = []
 
     # -- the block ---------------------------------------------------------------------------------------------------
@@ -73,47 +76,131 @@ class Tracer:
     ) -> bool | None:
         leave_trace(self)
         stopped = isinstance(error, Stopped) and error.block is self
-        if self._recorder is None and error is None:
+        if self._walk is None and error is None:
             raise TraceError("trace() needs an input, or at least one `with tracer.invoke(...)` block")
-        if self._recorder is None:
+        if self._walk is None:
             return None
         try:
             if error is None or stopped:
-                self._end(self._recorder)
+                self._end(self._walk)
         finally:
-            if self._recorder.phase == "open":
+            if self._recorder is not None and self._recorder.phase == "open":
                 self._recorder.phase = "done"
+            self._walk.end()
+            if self._recorder is None or self._recorder.phase == "done":
+                self.forget()
         return stopped or None
 
-    def _end(self, recorder: Recorder) -> None:
+    def forget(self) -> None:
+        """Nothing of the run is kept alive by values that were not saved, nor by the tracer."""
+        self._batch, self.asked_call = Batch([], grows=False), None
+        self._known.clear()
+        if self._recorder is not None:
+            self._recorder.body.forget()
+
+    def _end(self, walk: Walk) -> None:
+        finish = walk.step.finish if walk.fast and walk.step is not None else None
+        if finish is not None:
+            self._run_finished(walk, finish)
+            return
+        walk.settle()
+        recorder = self._written
         recorder.finish()
         session = here().session
-        if session is None:
-            self.run([])
-        else:
+        if session is not None:
             recorder.phase = "waiting"
             session.add(self)
+            return
+        self.run([])
+        if self._executable is not None and not self._updates and not self.is_decided:
+            walk.remember(self._executable, recorder.constants, self._numbers)
+
+    def _run_finished(self, walk: Walk, finish: Finish) -> None:
+        """The body has gone a known way to its end: run the program that is there."""
+        self._finished, self._constants = finish, walk.constants(finish)
+        results = finish.executable.run(self._leaves, self._constants)
+        values = walk.values
+        for index, place in finish.results:
+            become(values[index], results[place])
 
     def _begin(self) -> None:
-        self._captured, self._sizes = self.captures.find(*self._batch.joined)
-        self._base = self._captured
-        self._places = self.captures.places(self._captured)
-        captures = self.captures
-        self._recorder = Recorder(self._places, self._sizes, captures.weight_names, self._demand, captures.weight)
-        self._recorder.on_edit = partial(check_edit, self._recorder)
-        session = here().session
-        if session is not None:
-            self._recorder.alive, self._recorder.force = [], session.force
+        found = self.captures.quick(*self._batch.joined)
+        self._captured = self._base = found.program
+        self._sizes = found.sizes
+        self._walk = Walk(self, found.root(user_line(), self._tier()), found.watch.names)
+        if here().session is not None or self._batch.grows:
+            self._walk.leave()
 
     @property
-    def recorder(self) -> Recorder:
-        """What the body is written down in.
+    def _leaves(self) -> list[Any]:
+        return flatten(self._batch.joined)[0]
 
-        Raises: TraceError before the first invoke of a trace without input.
-        """
+    @property
+    def _places(self) -> Places:
+        return self.captures.places(self._captured)
+
+    @property
+    def _written(self) -> Recorder:
+        """The recorder; what has been said so far is written down in it."""
+        if self._walk is not None:
+            self._walk.settle()
         if self._recorder is None:
             raise TraceError("this trace has no input yet: its values are there inside `with tracer.invoke(x):`")
         return self._recorder
+
+    # -- what the walk asks ------------------------------------------------------------------------------------------
+
+    def begin_recorder(self) -> Recorder:
+        """The recorder, made when something must be written down."""
+        captures = self.captures
+        recorder = self._recorder = Recorder(
+            self._places, self._sizes, captures.weight_names, self._demand, captures.weight
+        )
+        recorder.on_edit = partial(check_edit, recorder)
+        session = here().session
+        if session is not None:
+            recorder.alive, recorder.force = [], session.force
+        return recorder
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the body has looked at numbers, or has warned: then it is recorded each time."""
+        return bool(self._known) or (self._recorder is not None and self._recorder.has_warned)
+
+    def do_read(self, address: Address, port: str) -> Any:
+        """A read, written down."""
+        return present(self._written, self.place(address), port, self._write_member)
+
+    def do_write(self, address: Address, port: str, value: Any) -> None:
+        """A write, written down."""
+        place, recorder = self.place(address), self._written
+        for leaf in values_in(value):
+            check_usable(leaf.cell)
+            if leaf.cell.recorder.is_open and leaf.cell.recorder is not recorder:
+                raise TraceError(
+                    f"{place.address.at(port)} is written {leaf.cell.what}, a value of another trace; "
+                    "save it there and write it after that block"
+                )
+        for location, leaf in check_write(recorder, place, port, value):
+            self._write_leaf(location, leaf)
+
+    def _write_leaf(self, location: Location, leaf: Any) -> None:
+        check_causal(self._written, location, leaf)
+        self._written.assign(location, leaf)
+
+    def _write_member(self, location: Location, leaf: Any) -> None:
+        self.recorder  # noqa: B018 - such writes are not remembered
+        self._write_leaf(location, leaf)
+
+    @property
+    def recorder(self) -> Recorder:
+        """What the body is written down in; from here on it is not remembered.
+
+        Raises: TraceError before the first invoke of a trace without input.
+        """
+        if self._walk is not None:
+            self._walk.leave()
+        return self._written
 
     @property
     def captured(self) -> Program:
@@ -131,6 +218,8 @@ class Tracer:
 
         Raises: TraceError before the block has ended.
         """
+        if self._finished is not None and self._executable is None:
+            self._executable = self._finished.executable.bound(self._constants, False)
         if self._executable is None:
             raise TraceError("the program is finished when the block ends (in a session, when that ends): use it then")
         return self._executable
@@ -143,7 +232,7 @@ class Tracer:
     @property
     def result(self) -> Any:
         """What the whole call returns: the root module's output."""
-        return self.read(self.place(Address("")), "output")
+        return self.read(Address(""), "output")
 
     def stop(self) -> NoReturn:
         """End the block here: what comes after it in the block is not done, and nothing only it needs is run."""
@@ -185,24 +274,24 @@ class Tracer:
         if not invoker.has_input:
             self.recorder.rows = None
             return
-        if self._recorder is None:
+        if self._walk is None:
             self._begin()
         else:
-            self._grow(self._recorder)
+            self._grow(self.recorder)
         self.recorder.body.looked |= self._batch.sizes_of(self._captured)
         self.recorder.rows = self._batch.rows_of(self._captured)
 
     def leave_invoke(self) -> None:
         """All rows are read and written from now on."""
         self._batch.leave()
-        if self._recorder is not None:
-            self._recorder.rows = None
+        if self._walk is not None:
+            self.recorder.rows = None
 
     def _grow(self, recorder: Recorder) -> None:
         """More rows: the program for all of them, which may be another than for the rows before."""
         captured, self._sizes = self.captures.find(*self._batch.joined)
         self._known.clear()
-        before, self._places = self._captured, self.captures.places(captured)
+        before = self._captured
         self._captured = self._base = captured
         recorder.move(self._places, self._sizes)
         if captured is not before:
@@ -227,7 +316,8 @@ class Tracer:
 
         Raises: UnknownAddress, NotExecuted.
         """
-        self.recorder  # noqa: B018 - raises where there is no input yet
+        if self._walk is None:
+            raise TraceError("this trace has no input yet: its values are there inside `with tracer.invoke(x):`")
         self._check_skipped(address)
         try:
             return self._places.find(address)
@@ -241,40 +331,35 @@ class Tracer:
         Raises: UnknownAddress when opening does not help.
         """
         self._captured = self.captures.opened(self._captured, address)
-        self._places = self.captures.places(self._captured)
-        self.recorder.move(self._places)
+        if self._recorder is not None:
+            self._recorder.move(self._places)
 
     def at(self, address: str | Address) -> At:
         """The place of an address, with ``output``, ``input`` and ``inputs`` to read and write."""
-        return At(self, self.place(Address.parse(address) if isinstance(address, str) else address))
+        return At(self, self.place(Address.parse(address) if isinstance(address, str) else address).address)
 
-    def read(self, place: Place, port: str) -> Any:
-        """The value at a port: values, in the structure that the model has there.
+    def read(self, address: Address, port: str) -> Any:
+        """The value at a port of a place: values, in the structure that the model has there.
 
-        Raises: TraceError when the block has ended.
+        Raises: UnknownAddress, NotExecuted; TraceError when the block has ended.
         """
-        if not self.recorder.is_open:
-            raise TraceError(f"{place.address.at(port)} has a value only inside a trace: with model.trace(...):")
-        return present(self.recorder, place, port, self._write_leaf)
+        walk = self._walk
+        if walk is not None and walk.live:
+            return walk.read(address, port)
+        if walk is not None and walk.ended:
+            raise TraceError(f"{address.at(port)} has a value only inside a trace: with model.trace(...):")
+        return self.do_read(address, port)
 
-    def write(self, place: Place, port: str, value: Any) -> None:
-        """Let a port have another value.
+    def write(self, address: Address, port: str, value: Any) -> None:
+        """Let a port of a place have another value.
 
         Raises: WriteError, CausalityError at the user's line.
         """
-        for leaf in values_in(value):
-            check_usable(leaf.cell)
-            if leaf.cell.recorder.is_open and leaf.cell.recorder is not self._recorder:
-                raise TraceError(
-                    f"{place.address.at(port)} is written {leaf.cell.what}, a value of another trace; "
-                    "save it there and write it after that block"
-                )
-        for location, leaf in check_write(self.recorder, place, port, value):
-            self._write_leaf(location, leaf)
-
-    def _write_leaf(self, location: Location, leaf: Any) -> None:
-        check_causal(self.recorder, location, leaf)
-        self.recorder.assign(location, leaf)
+        walk = self._walk
+        if walk is not None and walk.live:
+            walk.write(address, port, value)
+        else:
+            self.do_write(address, port, value)
 
     def skip(self, address: Address, value: Any) -> None:
         """Let a call return a value without running; its inner values are gone.
@@ -286,7 +371,7 @@ class Tracer:
             raise TraceError(
                 f"{address} cannot be skipped: {used.address} inside it is used in this trace, and would not run"
             )
-        self.write(self.place(address), "output", value)
+        self.write(address, "output", value)
         self._skipped.append((address, self.recorder.rows, user_line()))
 
     def _check_skipped(self, address: Address) -> None:
@@ -302,15 +387,15 @@ class Tracer:
 
     def run(self, wanted: Sequence[Value]) -> None:
         """Compute what was saved, and some values besides; they become plain tensors."""
-        recorder, constants = self.recorder, self.recorder.constants
+        recorder, constants = self._written, self._written.constants
         asked = recorder.asked(wanted)
         known = [*constants, *self._known.values()]
-        self._executable = self.captures.executable(
-            self._captured, asked, constants, self._tier(), self._use_known()
-        ).bound(known, bool(self._known))
+        shared = self.captures.executable(self._captured, asked, constants, self._tier(), self._use_known())
+        self._executable = shared.bound(known, bool(self._known))
         self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
+        self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]
         recorder.phase, recorder.alive = "done", None
-        self._fill(self._executable.run(flatten(self._batch.joined)[0], known))
+        self._fill(self._executable.run(self._leaves, known))
 
     def run_again(self, call: Call, wanted: Sequence[Value]) -> None:
         """The same block on another input, in a loop of a session; the first time as ``run``.
@@ -321,7 +406,7 @@ class Tracer:
             self._batch = Batch([call], grows=False)
         captured, sizes = self.captures.find(*call)
         if self._executable is None and captured is self._base:
-            self.recorder.move(self._places, sizes)
+            self._written.move(self._places, sizes)
             return self.run(wanted)
         fixed = self.program.fixed if self._executable is not None else {}
         if captured is not self._base or self._known or any(sizes[s] != n for s, n in fixed.items()):
@@ -329,7 +414,7 @@ class Tracer:
                 "the elements of this loop take different ways through the model, or the block looks at sizes or "
                 "numbers; write `for item in session.iter(...):`"
             )
-        return self._fill(self.program.run(flatten(call)[0], self.recorder.constants))
+        return self._fill(self.program.run(flatten(call)[0], self._written.constants))
 
     def _fill(self, results: Sequence[torch.Tensor]) -> None:
         """Each saved value becomes its tensor, each tensor of the user's that was changed its new value."""
@@ -338,7 +423,7 @@ class Tracer:
             pairs.setdefault(id(value), (value, tensor))
         for value, tensor in pairs.values():
             become(value, tensor)
-        constants = self.recorder.constants
+        constants = self._written.constants
         for number, new in zip(self._updates, results[len(results) - len(self._updates) :], strict=True):
             with torch.no_grad():
                 constants[number].copy_(new)
@@ -348,11 +433,11 @@ class Tracer:
 
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
         """The numbers of some nodes, now."""
-        recorder, constants = self.recorder, self.recorder.constants
+        recorder, constants = self._written, self._written.constants
         asked, known = recorder.intervention((recorder.save_of(nodes),)), self._use_known()
         program = self.captures.demanded(self._captured, asked, known)
         executable = Executable(program, self.captures.module, constants, "eager", {})
-        leaves = flatten(self._batch.joined)[0]
+        leaves = self._leaves
         values = executable.run_keeping(leaves, [*constants, *self._known.values()])
         results = [values[node.name] for node in program.results[: len(nodes)]]
         for name, mark in fingerprints(program.graph, known).items():
@@ -362,7 +447,7 @@ class Tracer:
 
     def _use_known(self) -> UseKnown | None:
         """What has been computed for this body already, as constants after its own."""
-        return UseKnown(tuple(self._known), len(self.recorder.constants)) if self._known else None
+        return UseKnown(tuple(self._known), len(self._written.constants)) if self._known else None
 
 
 def _inside(address: Address, outer: Address) -> bool:
@@ -389,8 +474,8 @@ class Scan(Tracer):
     Saved values become tensors without data (device "meta"). What needs a number is an error.
     """
 
-    def _end(self, recorder: Recorder) -> None:
-        recorder.finish()
+    def _end(self, walk: Walk) -> None:
+        self.recorder.finish()
         self.run([])
 
     def run(self, wanted: Sequence[Value]) -> None:

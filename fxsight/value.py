@@ -6,7 +6,7 @@ says so when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -24,6 +24,9 @@ from fxsight.tree import flatten
 
 class Recording(Protocol):
     """What a value needs of the recorder that made it."""
+
+    line: Callable[[], str]
+    """The user's line of the statement that is written down."""
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One torch call on values."""
@@ -68,6 +71,35 @@ class Recording(Protocol):
         ...
 
 
+class Walking(Protocol):
+    """What a value needs of the walk that made it (``walk``)."""
+
+    @property
+    def live(self) -> bool:
+        """Whether statements go through it."""
+        ...
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """One torch call."""
+        ...
+
+    def save(self, value: Any) -> None:
+        """Keep the values of a structure."""
+        ...
+
+    def save_one(self, value: Value) -> None:
+        """Keep one value of this body."""
+        ...
+
+    def leave(self) -> None:
+        """What follows is recorded and not remembered."""
+        ...
+
+    def cell_of(self, index: int) -> Cell:
+        """The cell of one of its values."""
+        ...
+
+
 @dataclass(eq=False)
 class Cell:
     """What stands behind one ``Value``.
@@ -109,22 +141,40 @@ class Value(torch.Tensor):
     ``.save()`` keeps it: after the block it is a plain tensor of the same shape, dtype and device.
     """
 
-    cell: Cell
+    known_cell: Cell | None = None
+    walk: Walking | None = None  # what remembers its statement
+    number: int = -1  # its number in the walk
 
     @staticmethod
     def of(cell: Cell) -> Value:
         """The value with the node and shape of ``cell``."""
-        spec = cell.spec
-        made: Value = torch.Tensor._make_wrapper_subclass(
-            Value, spec.numbers, strides=spec.steps, dtype=spec.dtype, device=torch.device(spec.device)
-        )
-        made.cell = cell
+        made = Value.shaped(*shaped(cell.spec))
+        made.known_cell = cell
         return made
+
+    @staticmethod
+    def shaped(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Value:
+        """A value of which nothing else is known yet: a walk makes its cell when it is needed."""
+        return torch.Tensor._make_wrapper_subclass(Value, shape, strides=stride, dtype=dtype, device=device)
+
+    @property
+    def cell(self) -> Cell:
+        """What stands behind it."""
+        if self.known_cell is None and self.walk is not None:
+            self.known_cell = self.walk.cell_of(self.number)
+        assert self.known_cell is not None
+        return self.known_cell
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        first = next((x for x in args if type(x) is Value), None)
+        if first is not None and first.walk is not None and first.walk.live:
+            return first.walk.call(func, args, kwargs)
         values = list(values_in((args, kwargs)))
+        walk = next((v.walk for v in values if v.walk is not None and v.walk.live), None)
+        if walk is not None:
+            return walk.call(func, args, kwargs)
         owner = _owner(values)
         if owner is None:
             values[0].cell.recorder.force()  # now they are plain tensors
@@ -137,20 +187,52 @@ class Value(torch.Tensor):
 
     def save(self) -> Value:
         """Keep the value: after the block this object is a plain tensor.  Returns: itself."""
-        check_usable(self.cell)
-        self.cell.recorder.keep(self)
+        if self.walk is not None and self.walk.live:
+            self.walk.save_one(self)
+        else:
+            keep(self)
         return self
 
     def stop(self) -> None:
         """End the forward here: what is computed later than this value has no value in this trace."""
         check_usable(self.cell)
+        leave_walks([self])
         self.cell.recorder.stop(self.cell)
 
     @property
     def value(self) -> Value:
         """The value itself; after the block, the tensor."""
-        check_usable(self.cell)
+        if self.walk is None or not self.walk.live:
+            check_usable(self.cell)
         return self
+
+
+def shaped(spec: TensorSpec) -> tuple[Sequence[int], Sequence[int], torch.dtype, torch.device]:
+    """What a value of this spec is made from."""
+    return spec.numbers, spec.steps, spec.dtype, torch.device(spec.device)
+
+
+def keep(value: Any) -> None:
+    """Mark the values of a structure as saved, each with its own block.
+
+    Raises: NotSavedError for a value of a block that has ended.
+    """
+    values = [value] if type(value) is Value else list(values_in(value))
+    walks = {id(v.walk): v.walk for v in values if v.walk is not None and v.walk.live}
+    if len(walks) == 1 and all(v.walk is not None and v.walk.live for v in values):
+        return next(iter(walks.values())).save(value)
+    for leaf in values:
+        check_usable(leaf.cell)
+    leave_walks(values)
+    for recorder in {id(leaf.cell.recorder): leaf.cell.recorder for leaf in values}.values():
+        recorder.keep(value)
+
+
+def leave_walks(values: Iterable[Value]) -> None:
+    """From here on the bodies of these values are recorded, not remembered."""
+    for value in values:
+        if value.walk is not None and value.walk.live:
+            value.walk.leave()
 
 
 def _owner(values: list[Value]) -> Recording | None:
@@ -179,6 +261,16 @@ def check_usable(cell: Cell) -> None:
     """
     if not (cell.recorder.is_open or cell.recorder.is_waiting) or cell.recorder.why_unset(cell):
         raise not_saved(cell)
+
+
+class Ended:
+    """Stands for the recorder of a block that has ended."""
+
+    is_open = is_waiting = False
+
+    def why_unset(self, cell: Cell) -> str:
+        """Nothing is known but that it was not saved."""
+        return ""
 
 
 def not_saved(cell: Cell) -> NotSavedError:
@@ -217,15 +309,14 @@ class Members(tuple[Any, ...]):
 
     def save(self) -> Members:
         """Keep all members.  Returns: itself; after the block, of plain tensors."""
-        first = next(values_in(tuple(self)), None)
-        if first is not None:
-            first.cell.recorder.keep(tuple(self))
+        keep(tuple(self))
         return self
 
 
 def apply_now(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a function on the numbers of values; without values, simply call it."""
     values = list(values_in((args, dict(kwargs))))
+    leave_walks(values)
     owner = _owner(values) if values else None
     if owner is not None:
         return owner.apply(function, args, kwargs)

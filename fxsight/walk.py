@@ -1,0 +1,417 @@
+"""Recording, memoised: the same statement on the same symbolic values gives what it gave the last time.
+
+Every read, torch call, write and save of a body is a step in a tree that belongs to one program and one set of sizes.
+As long as a body goes a way that has been gone before, nothing is written down: its values are made from what the steps
+remember, and at the end the finished program is there already. At the first step off the known way the recorder is
+made, the statements so far are written down in it, and from there on the tree grows.
+
+What cannot be remembered (a number on demand, a branch, an object torch does not know) leaves the tree: the rest of the
+body is simply recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+
+from fxsight import _torch
+from fxsight.body import GRADIENTS, NUMBERS
+from fxsight.errors import InputError
+from fxsight.lines import user_line
+from fxsight.run import Executable
+from fxsight.spec import TensorSpec
+from fxsight.tree import flatten
+from fxsight.value import Cell, Ended, Members, Value, keep, shaped
+
+WAYS = 256  # kept after one statement; a body whose numbers vary more is recorded each time
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a way: the program, which tensors are its constants, which value gets which result."""
+
+    executable: Executable
+    constants: tuple[int, ...]
+    results: tuple[tuple[int, int], ...]
+
+
+@dataclass(eq=False)
+class Step:
+    """One statement, and the ways on from it.
+
+    kind: "none", "plain", "same", "one" or "many"; data: what the statement gave, for that kind.
+    whats, specs, shapes: per value made, its name in messages, its spec, and what it is made from.
+    before: the statement before it.  first: the number of the first value it makes.
+    """
+
+    kind: str = "none"
+    data: Any = None
+    line: str = ""
+    whats: tuple[str, ...] = ()
+    specs: tuple[TensorSpec, ...] = ()
+    shapes: tuple[tuple[Any, ...], ...] = ()
+    before: Step | None = None
+    first: int = 0
+    ways: dict[Any, Step] = field(default_factory=dict[Any, "Step"])
+    finish: Finish | None = None
+
+
+class Writing(Protocol):
+    """What a walk needs of its recorder."""
+
+    line: Callable[[], str]
+    """The user's line of the statement that is written down."""
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """One torch call on values."""
+        ...
+
+    def keep(self, value: Any) -> None:
+        """Mark a structured value as saved."""
+        ...
+
+
+class Slow(Protocol):
+    """What a walk needs of its trace."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the body has looked at numbers, or has warned: then it is recorded each time."""
+        ...
+
+    def begin_recorder(self) -> Writing:
+        """The recorder, made now."""
+        ...
+
+    def do_read(self, address: Any, port: str) -> Any:
+        """A read, written down."""
+        ...
+
+    def do_write(self, address: Any, port: str, value: Any) -> None:
+        """A write, written down."""
+        ...
+
+
+class Unknown(Exception):
+    """A statement that cannot be remembered; never seen outside."""
+
+
+_PLAIN = frozenset(
+    [
+        int,
+        bool,
+        str,
+        type(None),
+        complex,
+        type(...),
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+        bytes,
+    ]
+)
+_LEAVING = NUMBERS | GRADIENTS | {"__set__", "nonzero", "argwhere", "masked_select", "unique"}
+
+
+class Walk:
+    """One body on its way.
+
+    root: where it begins.  names: of the model's weights by ``id``.
+    """
+
+    def __init__(self, trace: Slow, root: Step, names: Mapping[int, str]) -> None:
+        self._trace: Slow | None = trace
+        self._names = names
+        self.step: Step | None = root
+        self.fast = True  # nothing has been written down yet
+        self.live = True  # statements go through the walk
+        self._busy = False
+        self._log: list[tuple[str, tuple[Any, ...], Any, Step]] = []
+        self.values: list[Value] = []
+        self._tensors: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._ids: dict[int, int] = {}
+        self._recorder: Writing | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the block has ended."""
+        return self._trace is None
+
+    # -- statements --------------------------------------------------------------------------------------------------
+
+    def read(self, address: Any, port: str) -> Any:
+        """The value at a port of a place."""
+        return self._statement(("read", address, port), "read", (address, port))
+
+    def write(self, address: Any, port: str, value: Any) -> None:
+        """Another value for a port of a place."""
+        try:
+            key = ("write", address, port, self._key(value))
+        except Unknown:
+            self.leave_for("write", (address, port, value))
+            return
+        self._statement(key, "write", (address, port, value))
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One torch call."""
+        if self._busy:
+            return self._do("call", (func, args, kwargs))
+        try:
+            if getattr(func, "__name__", "") in _LEAVING:
+                raise Unknown
+            named = tuple((name, self._key(value)) for name, value in kwargs.items()) if kwargs else ()
+            key = ("call", func, self._key(args), named)
+        except Unknown:
+            return self.leave_for("call", (func, args, kwargs))
+        return self._statement(key, "call", (func, args, kwargs))
+
+    def save(self, value: Any) -> None:
+        """Keep the values of a structure."""
+        try:
+            key = ("save all", self._key(value))
+        except Unknown:
+            self.leave_for("save", (value,))
+            return
+        self._statement(key, "save", (value,))
+
+    def save_one(self, value: Value) -> None:
+        """Keep one value of this body."""
+        self._statement(("save", value.number), "save", (value,))
+
+    def _statement(self, key: Any, what: str, given: tuple[Any, ...]) -> Any:
+        if self.fast:
+            try:
+                found = cast(Step, self.step).ways.get(key)
+            except TypeError:  # something in it cannot be hashed
+                return self.leave_for(what, given)
+            if found is not None:
+                result = self._value(found, 0) if found.kind == "one" else self._again(found)
+                self._log.append((what, given, result, found))
+                self.step = found
+                return result
+            self.settle()
+        result = self._do(what, given)
+        self._learn(key, result)
+        return result
+
+    # -- the known way -----------------------------------------------------------------------------------------------
+
+    def _again(self, step: Step) -> Any:
+        """What the statement gave, with values of this body."""
+        if step.kind == "same":
+            return self.values[step.data]
+        if step.kind == "many":
+            tree, leaves, is_members = step.data
+            made = [self._value(step, leaf) if type(leaf) is _Number else leaf for leaf in leaves]
+            return self._members(made) if is_members else tree.build(made)
+        return step.data
+
+    def _value(self, step: Step, number: int) -> Value:
+        value = Value.shaped(*step.shapes[number])
+        value.walk, value.number = self, len(self.values)
+        self.values.append(value)
+        return value
+
+    def _members(self, made: list[Any]) -> Members:
+        members = Members(made)
+
+        def assign(key: int, value: Any) -> None:
+            self.leave()
+            members.writer(key, value)  # by now that of the recorder
+
+        members.writer = assign
+        return members
+
+    # -- off the known way -------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Write down what has been said so far."""
+        if not self.fast or self._trace is None:
+            return
+        self.fast = False
+        recorder = self._recorder = self._trace.begin_recorder()
+        for what, given, result, step in self._log:
+            recorder.line = lambda line=step.line: line  # type: ignore[misc]
+            _take_over(result, self._do(what, given))
+        recorder.line = user_line
+
+    def leave(self) -> None:
+        """What follows is recorded and not remembered."""
+        self.settle()
+        self.live, self.step = False, None
+
+    def leave_for(self, what: str, given: tuple[Any, ...]) -> Any:
+        """Leave with a statement."""
+        self.leave()
+        if what == "call":  # there may be values of other bodies in it
+            func, args, kwargs = given
+            return Value.__torch_function__(func, (), args, kwargs)
+        return keep(*given) if what == "save" else self._do(what, given)
+
+    def _do(self, what: str, given: tuple[Any, ...]) -> Any:
+        """A statement, written down; what it calls by itself is no statement."""
+        assert self._trace is not None
+        assert self._recorder is not None
+        outer, self._busy = self._busy, True
+        try:
+            if what == "read":
+                return self._trace.do_read(*given)
+            if what == "write":
+                return self._trace.do_write(*given)
+            if what == "call":
+                return self._recorder.call(*given)
+            return self._recorder.keep(*given)
+        finally:
+            self._busy = outer
+
+    def _learn(self, key: Any, result: Any) -> None:
+        """The tree grows by this statement."""
+        if self.step is None or self._trace is None:
+            return
+        try:
+            if self._trace.is_decided:
+                raise Unknown
+            step = self._described(result)
+        except Unknown:
+            self.live, self.step = False, None
+            return
+        if len(self.step.ways) >= WAYS:
+            self.step.ways.clear()
+        step.before, step.first = self.step, len(self.values) - len(step.specs)
+        self.step.ways[key] = step
+        self.step = step
+
+    def _described(self, result: Any) -> Step:
+        line = user_line()
+        if isinstance(result, Value) and result.walk is self:
+            return Step("same", result.number, line)
+        leaves, tree = flatten(result)
+        if type(result) not in (Value, tuple, list, Members) and not (tree.kind == "leaf" or tree.kind == "structseq"):
+            raise Unknown
+        numbers: list[Any] = []
+        values: list[Value] = []
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and (type(leaf) is not Value or leaf.walk is not None):
+                raise Unknown  # a tensor of the user's, or a value that has been there before
+            numbers.append(_Number(len(values)) if type(leaf) is Value else leaf)
+            values += [leaf] if type(leaf) is Value else []
+        if not values and type(result) is list:
+            raise Unknown
+        if not values:
+            return Step("plain", result, line)
+        is_members = type(result) is Members
+        if is_members and any(child.kind != "leaf" for child in tree.children):
+            raise Unknown
+        whats, specs = tuple(str(v.cell.what) for v in values), tuple(v.cell.spec for v in values)
+        kind, data = ("one", None) if tree.kind == "leaf" else ("many", (tree, tuple(numbers), is_members))
+        step = Step(kind, data, line, whats, specs, tuple(map(shaped, specs)))
+        for value in values:
+            value.walk, value.number = self, len(self.values)
+            self.values.append(value)
+        return step
+
+    # -- keys --------------------------------------------------------------------------------------------------------
+
+    def _key(self, leaf: Any) -> Any:
+        """What of an argument decides what the statement gives.
+
+        Raises: Unknown for an object that is not known here.
+        """
+        kind = type(leaf)
+        if kind is Value:
+            if leaf.walk is not self:
+                raise Unknown
+            return (Value, leaf.number)
+        if kind is str:
+            return leaf
+        if kind in _PLAIN:
+            return (kind, leaf)
+        if kind is float:
+            return (kind, leaf if leaf else str(leaf))  # -0.0 equals 0.0
+        if kind is tuple or kind is list or kind is torch.Size:
+            return (kind, *map(self._key, leaf))
+        if kind is slice:
+            return (kind, self._key(leaf.start), self._key(leaf.stop), self._key(leaf.step))
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            return self._tensor_key(leaf)
+        if kind is dict:
+            return (kind, *((name, self._key(value)) for name, value in leaf.items()))
+        raise Unknown
+
+    def _tensor_key(self, tensor: torch.Tensor) -> Any:
+        number = self._ids.get(id(tensor))
+        if number is not None:
+            return ("known", number)
+        number = self._ids[id(tensor)] = len(self._tensors)
+        self._tensors.append(tensor)
+        self._versions.append(_torch.version(tensor))
+        name = self._names.get(id(tensor))
+        if name is not None:
+            return ("weight", name)
+        return ("tensor", number, tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def constants(self, finish: Finish) -> list[torch.Tensor]:
+        """The constants of the finished program.
+
+        Raises: InputError when a tensor of the user's was changed after the body had used it.
+        """
+        found = [self._tensors[number] for number in finish.constants]
+        for number, tensor in zip(finish.constants, found, strict=True):
+            if _torch.version(tensor) != self._versions[number]:
+                raise InputError(
+                    f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; "
+                    "use a copy: t.clone()"
+                )
+        return found
+
+    def remember(self, executable: Executable, constants: list[torch.Tensor], results: list[int]) -> None:
+        """The way that has been gone ends in this program; ``results``: the values that its results belong to."""
+        numbers = [self._ids.get(id(tensor), -1) for tensor in constants]
+        if self.step is None or -1 in numbers or -1 in results:
+            return
+        pairs = {value: place for place, value in reversed(list(enumerate(results)))}
+        self.step.finish = Finish(executable, tuple(numbers), tuple(pairs.items()))
+
+    def end(self) -> None:
+        """The block has ended: nothing but names for messages is kept."""
+        self.live, self._trace, self._recorder = False, None, None
+        self._log.clear()
+        self.values.clear()
+        self._tensors.clear()
+        self._ids.clear()
+
+    def cell_of(self, index: int) -> Cell:
+        """The cell of a value: of a block that has ended, its name and its spec."""
+        if self._trace is not None:
+            value = self.values[index]
+            self.settle()
+            assert value.known_cell is not None
+            return value.known_cell
+        step = self.step
+        while step is not None and not step.first <= index < step.first + len(step.specs):
+            step = step.before
+        assert step is not None, "every value was made by a statement"
+        number = index - step.first
+        return Cell(cast(Any, Ended()), step.specs[number], cast(Any, None), step.whats[number], step.line)
+
+
+class _Number(int):
+    """The number of a value among those of a step."""
+
+
+def _take_over(mine: Any, theirs: Any) -> None:
+    """Values made on the known way get the cells of those written down now."""
+    if mine is theirs:
+        return
+    if isinstance(mine, Members):
+        mine.writer = theirs.writer
+    for leaf, other in zip(flatten(mine)[0], flatten(theirs)[0], strict=True):
+        if isinstance(leaf, Value) and leaf is not other:
+            leaf.known_cell = other.cell
