@@ -22,16 +22,9 @@ from fxsight.progress import Progress, stderr_console
 from fxsight.tracer import Tracer
 from fxsight.tree import flatten
 
-# Waits for changes of capture.py that are proposed, not made. When they are, take the mark and ``WAITING`` away.
-proposed = pytest.mark.xfail(reason="capture.py does not do this yet")
-WAITING = (
-    *("branch", "item", "while", "assert", "numpy", "custom operator", "operator of a library", "autocast", "vmap"),
-    *("shapes", "a string", "an array", "one row in training", "replaces a buffer"),
-)
-
 
 def params(cases: Mapping[str, Any]) -> list[Any]:
-    return [pytest.param(case, id=name, marks=[proposed] * (name in WAITING)) for name, case in cases.items()]
+    return [pytest.param(case, id=name) for name, case in cases.items()]
 
 
 def traced(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, Tracer]:
@@ -292,8 +285,6 @@ def test_the_whole_message(failure: Failure, capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr() == ("", ""), "torch's own reports stay away"
 
 
-@proposed
-@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
 def test_cond() -> None:
     assert error_of(Cond(), X) == (
         "Cond cannot be captured as one graph: it calls torch.cond or another operator that takes functions\n"
@@ -305,7 +296,6 @@ def test_cond() -> None:
 COND = "return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))"
 
 
-@proposed
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiled_by_jit() -> None:
     compiled = torch.jit.script(nn.Linear(4, 4))
@@ -684,7 +674,6 @@ class Remembers(nn.Module):
         return x * self.calls
 
 
-@proposed
 def test_what_a_forward_keeps_in_its_module_is_left_as_it_was() -> None:
     net = Remembers()
     seen = net.seen
