@@ -124,13 +124,16 @@ def honest_sizes() -> AbstractContextManager[Any]:
 def quiet_export() -> Generator[None]:
     """While exporting: what torch reports to those who write an exportable model is not said.
 
-    Reason: tensors that a forward keeps in attributes are put back afterwards (``state.restored``), recurrent layers'
-    ``_flat_weights`` among them; that Dynamo cannot look into a function, or that there is no line for a number, comes
-    with an error of its own. Wait for: switches for these reports.
+    Reason: attributes that a forward assigns are put back afterwards (``state.restored``), recurrent layers'
+    ``_flat_weights`` among them; ``LeafSpec`` and ``torch.jit.script`` are torch's use of what it deprecated (2.13);
+    that Dynamo cannot look into a function, or that there is no line for a number, comes with an error.
+    Wait for: switches for these reports.
     """
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"The tensor attributes? .* (was|were) assigned during export", UserWarning)
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", r"Dynamo does not know how to trace", UserWarning)
         logger.addFilter(_is_news)
         try:
@@ -148,9 +151,9 @@ def takes_functions(error: Exception) -> bool:
 
     Reason: it hands them to Dynamo, whose errors are private. Imported here, since Dynamo is large.
     """
-    from torch._dynamo.exc import UncapturedHigherOrderOpError
+    from torch._dynamo.exc import UncapturedHigherOrderOpError, Unsupported
 
-    return isinstance(error, UncapturedHigherOrderOpError)
+    return isinstance(error, (UncapturedHigherOrderOpError, Unsupported))
 
 
 def takes_functions_name(target: Any) -> str:
@@ -163,6 +166,14 @@ def takes_functions_name(target: Any) -> str:
     if getattr(target, "__module__", "") != "torch._functorch.predispatch":
         return ""
     return "torch.func.jvp" if re.search("jvp|dual|grad", target.__name__) else "torch.vmap"
+
+
+def is_transformed(value: Any) -> bool:
+    """Whether a value lives inside ``torch.vmap`` or a transform of ``torch.func``: no tensor outside is like it.
+
+    Reason: such tensors are told apart in a private module only (2.0+).
+    """
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def shape_env(value: Any) -> ShapeEnv | None:

@@ -11,7 +11,7 @@ import inspect
 import keyword
 import operator
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -34,6 +34,7 @@ from fxsight.state import restored
 from fxsight.tree import Tree, flatten
 
 AUTO = torch.export.Dim.AUTO
+PLAIN = "write it with plain operators, or trace a submodule without it"
 
 
 def capture(
@@ -76,8 +77,10 @@ def capture_all(
             failure = _misfit(program, leaves)
             if failure is None:
                 return made
-        else:
-            failure = program
+            continue
+        failure = program
+        if _torch.takes_functions(failure):
+            break  # whatever the sizes
     assert failure is not None, "there is always a plan"
     # The last plan is the inputs as they are: its error has their sizes in it.
     raise capture_error(module, failure) from (None if isinstance(failure, Refused) else failure)
@@ -195,7 +198,6 @@ class _Flat(nn.Module):
         fixed = tuple(None if is_value else _fixed(x) for x, is_value in zip(found, values, strict=True))
         self.scribe.returned = (tree, fixed)
         return tuple(x for x, is_value in zip(found, values, strict=True) if is_value)
-
 
     def _write_back(self, before: Mapping[str, torch.Tensor]) -> None:
         """A tensor put in the place of a buffer is copied into the buffer: a program knows buffers by name."""
@@ -375,8 +377,7 @@ class _Builder:
             return args[0][args[1]]
         name = _torch.takes_functions_name(node.target)
         if name:
-            fix = "write it with plain operators, or trace a submodule without it"
-            raise Refused(f"it calls {name}, which takes functions", fix, node)
+            raise Refused(f"it calls {name}, which takes functions", PLAIN, node)
         new = self.graph.node_copy(node, lambda n: env[n])
         return self._keep(node, new)
 
@@ -388,7 +389,7 @@ class _Builder:
         device, _, enabled, _, body, *rest = args
         if enabled or torch.is_autocast_enabled(str(device)):
             cause = f"it switches autocast {'on' if enabled else 'off'}, whose casts a program does not hold"
-            inside = next((n for n in body.graph.nodes if n.meta.get("stack_trace")), node)
+            inside = _first_line(body.graph.nodes)
             raise Refused(cause, "cast explicitly in the model, or trace without autocast", inside)
         return self._region(body, rest)
 
@@ -408,6 +409,9 @@ class _Builder:
     def _keep(self, old: fx.Node, new: fx.Node) -> fx.Node:
         """Give a copied node its spec and origin, and nothing else of export's."""
         value, tag = old.meta.get("val"), (old.meta.get("custom") or {}).get(TAG)
+        if _torch.is_transformed(value):
+            line = _first_line([old, *old.users])
+            raise Refused("it calls torch.func.grad or the like, which takes functions", PLAIN, line)
         new.meta = {"spec": spec_of(value, self.names, self.storages, new.name)}
         if tag is not None and old.op == "call_function":
             self.last = Origin(max(tag[1], 0), tag[0], _line(old, self.libraries) or self.lines.get(tag[1], ""))
@@ -473,6 +477,11 @@ def _argument_path(module: nn.Module, path: tuple[Any, ...]) -> tuple[Any, ...]:
 def _parameter_names(module: nn.Module) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+
+
+def _first_line(nodes: Iterable[fx.Node]) -> fx.Node | None:
+    """The first node that knows its line."""
+    return next((node for node in nodes if node.meta.get("stack_trace")), None)
 
 
 def _line(node: fx.Node, libraries: Libraries) -> str:
