@@ -6,7 +6,10 @@ Seen working on torch 2.11 to 2.13. Nothing else in the package may import a pri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import re
+import warnings
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import getweakrefcount
@@ -14,11 +17,13 @@ from weakref import getweakrefcount
 import sympy
 import torch
 import torch.fx.experimental._config as _shape_config
+from torch._ops import HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
+    UnsupportedOperatorException,
 )
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
@@ -33,6 +38,8 @@ NeedsData: tuple[type[Exception], ...] = (
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
 )
+# Raised for an operator that cannot say the shapes of its results; its ``func`` is the operator.
+NoShapeRule = UnsupportedOperatorException
 # Sizes come back as sympy expressions over torch's own functions, which sympy alone cannot read back.
 floor_div: Callable[..., Any] = _size_functions.FloorDiv
 mod: Callable[..., Any] = _size_functions.Mod
@@ -112,6 +119,62 @@ def honest_sizes() -> AbstractContextManager[Any]:
     if hasattr(_shape_config, "backed_size_oblivious"):
         return _shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined, no-any-return, unused-ignore]
     return nullcontext()
+
+
+@contextmanager
+def quiet_export() -> Generator[None]:
+    """While exporting: what torch reports to those who write an exportable model is not said.
+
+    Reason: attributes that a forward assigns are put back afterwards (``state.restored``), recurrent layers'
+    ``_flat_weights`` among them; ``LeafSpec`` and ``torch.jit.script`` are torch's use of what it deprecated (2.13);
+    that Dynamo cannot look into a function, or that there is no line for a number, comes with an error.
+    Wait for: switches for these reports.
+    """
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The tensor attributes? .* (was|were) assigned during export", UserWarning)
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", r"Dynamo does not know how to trace", UserWarning)
+        logger.addFilter(_is_news)
+        try:
+            yield
+        finally:
+            logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Unable to find user code corresponding to")
+
+
+def takes_functions(error: Exception) -> bool:
+    """Whether an operator that takes functions, such as ``torch.cond``, could not look into them.
+
+    Reason: it hands them to Dynamo, whose errors are private. Imported here, since Dynamo is large.
+    """
+    from torch._dynamo.exc import UncapturedHigherOrderOpError, Unsupported
+
+    return isinstance(error, (UncapturedHigherOrderOpError, Unsupported))
+
+
+def takes_functions_name(target: Any) -> str:
+    """The name of an operator or transform that takes functions; empty for all others.
+
+    Reason: in an exported graph they are instances of a private class, and calls of private functions.
+    """
+    if isinstance(target, HigherOrderOperator):
+        return str(target)
+    if getattr(target, "__module__", "") != "torch._functorch.predispatch":
+        return ""
+    return "torch.func.jvp" if re.search("jvp|dual|grad", target.__name__) else "torch.vmap"
+
+
+def is_transformed(value: Any) -> bool:
+    """Whether a value lives inside ``torch.vmap`` or a transform of ``torch.func``: no tensor outside is like it.
+
+    Reason: such tensors are told apart in a private module only (2.0+).
+    """
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def shape_env(value: Any) -> ShapeEnv | None:

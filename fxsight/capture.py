@@ -11,10 +11,9 @@ import inspect
 import keyword
 import operator
 import re
-import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import sympy
@@ -23,16 +22,19 @@ from torch import fx, nn
 
 from fxsight import _torch
 from fxsight.book import Book, Call, Opaque, Ref, SizeRef, Structure
-from fxsight.errors import CaptureError, InputError
+from fxsight.capture_errors import Refused, capture_error
+from fxsight.errors import InputError
 from fxsight.node import Binding, Fixed, InputLeaf, Origin, Size
 from fxsight.program import Program
-from fxsight.provenance import TAG, Libraries, Scribe
+from fxsight.provenance import TAG, Libraries, Scribe, stack_lines
 from fxsight.sizes import bind_sizes
 from fxsight.source import SourceReader
 from fxsight.spec import TensorSpec, parse_dims, spec_of, symbol
+from fxsight.state import restored
 from fxsight.tree import Tree, flatten
 
 AUTO = torch.export.Dim.AUTO
+PLAIN = "write it with plain operators, or trace a submodule without it"
 
 
 def capture(
@@ -66,62 +68,99 @@ def capture_all(
     """
     leaves, inputs = flatten((args, dict(kwargs)))
     made: list[Program] = []
-    failures: list[Exception] = []
-    for plan in _plans([x for x in leaves if isinstance(x, torch.Tensor)]):
+    failure = _hidden(module)
+    for plan in [] if failure else _plans(module, [x for x in leaves if isinstance(x, torch.Tensor)]):
         flat = _Flat(module, inputs, leaves, Scribe(module, reader or SourceReader(), on_tick))
-        try:
-            exported = _export(flat, *plan)
-        except Exception as error:  # whatever torch or the model raises becomes one CaptureError
-            failures.append(error)
+        program = _attempt(flat, plan)
+        if isinstance(program, Program):
+            made.append(program)
+            failure = _misfit(program, leaves)
+            if failure is None:
+                return made
             continue
-        made.append(_Builder(module, flat, exported).program())
-        if _fits(made[-1], leaves):
-            return made
-    raise _capture_error(module, failures) from (failures[0] if failures else None)
+        failure = program
+        if _torch.takes_functions(failure):
+            break  # whatever the sizes
+    assert failure is not None, "there is always a plan"
+    # The last plan is the inputs as they are: its error has their sizes in it.
+    raise capture_error(module, failure) from (None if isinstance(failure, Refused) else failure)
 
 
-def _fits(program: Program, leaves: Sequence[Any]) -> bool:
+def _hidden(module: nn.Module) -> Exception | None:
+    """Why there is nothing to see in a module, if so."""
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            cause = f"{path or 'it'} is compiled by torch.jit, which hides its operations"
+            return Refused(cause, "use the module it was compiled from")
+    return None
+
+
+def _attempt(flat: _Flat, plan: Plan) -> Program | Exception:
+    """The program, or why there is none this way."""
+    try:
+        with restored(flat.module):
+            exported = _export(flat, plan)
+    except _Stopped as stopped:
+        return stopped.error
+    except Exception as error:  # whatever torch raises becomes one CaptureError
+        return error
+    try:
+        return _Builder(flat.module, flat, exported).program()
+    except Refused as refused:
+        return refused
+
+
+def _misfit(program: Program, leaves: Sequence[Any]) -> InputError | None:
+    """Why a program does not hold for the inputs that it was made with, if so."""
     try:
         bind_sizes(program, leaves)
-    except InputError:
-        return False
-    return True
+    except InputError as error:
+        return error
+    return None
 
 
 OnTick = Callable[[], None] | None
 Shapes = tuple[dict[int, Any], ...]
 
 
-def _plans(tensors: list[torch.Tensor]) -> Iterator[tuple[tuple[torch.Tensor, ...], Shapes, bool]]:
-    """What to try, freest first: example tensors, their free dimensions, and whether with transformers' patches."""
+@dataclass(frozen=True)
+class Plan:
+    """One way to export: example tensors, their free dimensions, and whether with transformers' patches."""
+
+    tensors: tuple[torch.Tensor, ...]
+    shapes: Shapes
+    patched: bool = False
+
+
+def _plans(module: nn.Module, tensors: list[torch.Tensor]) -> Iterator[Plan]:
+    """What to try, freest first; at last the tensors as they are."""
     pair = len({t.shape[0] for t in tensors if t.ndim > 1} | {1}) == 1  # a batch of one is shown as a batch of two
     examples = tuple(t.expand(2, *t.shape[1:]).clone() if pair and t.ndim > 1 else t for t in tensors)
     free: Shapes = tuple(dict.fromkeys(range(t.ndim), AUTO) for t in tensors)
     outer: Shapes = tuple(dict.fromkeys(range(min(t.ndim, 2)), AUTO) for t in tensors)
-    yield examples, free, False
-    yield tuple(tensors), free, False
-    yield examples, outer, False
-    yield examples, outer, True
-    yield tuple(tensors), outer, True
-    yield tuple(tensors), tuple({} for _ in tensors), False
+    yield Plan(examples, free)
+    yield Plan(tuple(tensors), free)
+    yield Plan(examples, outer)
+    if any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__):
+        yield Plan(examples, outer, patched=True)
+        yield Plan(tuple(tensors), outer, patched=True)
+    yield Plan(tuple(tensors), tuple({} for _ in tensors))
 
 
-def _export(
-    flat: _Flat, tensors: tuple[torch.Tensor, ...], shapes: Shapes, patched: bool
-) -> torch.export.ExportedProgram:
+def _export(flat: _Flat, plan: Plan) -> torch.export.ExportedProgram:
     with ExitStack() as stack:
         stack.enter_context(_torch.honest_sizes())
+        stack.enter_context(_torch.quiet_export())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # a capture draws nothing from the user's numbers
-        if patched:
+        if plan.patched:
             stack.enter_context(_transformers_patches(flat.module))
-        return torch.export.export(flat, tensors, strict=False, dynamic_shapes={"leaves": shapes})
+        shapes = {"leaves": plan.shapes} if plan.tensors else None
+        return torch.export.export(flat, plan.tensors, strict=False, dynamic_shapes=shapes)
 
 
 @contextmanager
 def _transformers_patches(module: nn.Module) -> Generator[None]:
     """What transformers itself changes in its models while exporting them (``transformers.exporters``)."""
-    if not any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__):
-        raise CaptureError("not a transformers model")
     from transformers.exporters.exporter_dynamo import reset_model_state
     from transformers.exporters.utils import apply_patches
 
@@ -147,13 +186,46 @@ class _Flat(nn.Module):
     def forward(self, *leaves: Any) -> tuple[Any, ...]:
         given = iter(leaves)
         args, kwargs = self.inputs.build([next(given) if isinstance(x, torch.Tensor) else x for x in self.leaves])
-        with self.scribe.watching():
-            output = self.module(*args, **kwargs)
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        try:
+            with self.scribe.watching():
+                output = self.module(*args, **kwargs)
+            self._write_back(buffers)
+        except Exception as error:
+            raise _Stopped(error) from error
         found, tree = flatten(output)
         values = [isinstance(x, (torch.Tensor, torch.SymInt)) for x in found]
         fixed = tuple(None if is_value else _fixed(x) for x, is_value in zip(found, values, strict=True))
         self.scribe.returned = (tree, fixed)
         return tuple(x for x, is_value in zip(found, values, strict=True) if is_value)
+
+    def _write_back(self, before: Mapping[str, torch.Tensor]) -> None:
+        """A tensor put in the place of a buffer is copied into the buffer: a program knows buffers by name."""
+        now = dict(self.module.named_buffers(remove_duplicate=False))
+        changed = {name: now[name] for name in before if name in now and now[name] is not before[name]}
+        shared = {_torch.storage_key(before[name]) for name in changed}
+        for name, tensor in changed.items():
+            if _layout(tensor) != _layout(before[name]):
+                cause = f"it puts a tensor of another shape, dtype or device in the place of the buffer {name}"
+                fix = "make the buffer like that from the start, or keep the tensor in an attribute"
+                raise Refused(cause, fix, _torch.export_node(tensor))
+            if _torch.storage_key(tensor) in shared:  # two buffers changed places
+                changed[name] = tensor.clone()
+        for name, tensor in changed.items():
+            before[name].copy_(tensor)
+        self.scribe.tick()
+
+
+class _Stopped(Exception):
+    """An error of the model on its way through torch.export, which prints errors that it knows and adds advice."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return [_torch.size_expr(size) for size in tensor.shape], tensor.dtype, tensor.device
 
 
 def _fixed(value: Any) -> Fixed:
@@ -303,6 +375,9 @@ class _Builder:
             return self._autocast(node, args)
         if node.target is operator.getitem and isinstance(args[0], (list, tuple)):
             return args[0][args[1]]
+        name = _torch.takes_functions_name(node.target)
+        if name:
+            raise Refused(f"it calls {name}, which takes functions", PLAIN, node)
         new = self.graph.node_copy(node, lambda n: env[n])
         return self._keep(node, new)
 
@@ -313,11 +388,9 @@ class _Builder:
     def _autocast(self, node: fx.Node, args: Sequence[Any]) -> Sequence[Any]:
         device, _, enabled, _, body, *rest = args
         if enabled or torch.is_autocast_enabled(str(device)):
-            raise CaptureError(
-                f"{type(self.module).__name__} switches autocast {'on' if enabled else 'off'} in its own forward, "
-                "under which "
-                "its operators would be captured without their casts; cast explicitly, or trace without autocast"
-            )
+            cause = f"it switches autocast {'on' if enabled else 'off'}, whose casts a program does not hold"
+            inside = _first_line(body.graph.nodes)
+            raise Refused(cause, "cast explicitly in the model, or trace without autocast", inside)
         return self._region(body, rest)
 
     def _detached(self, value: Any) -> Any:
@@ -336,6 +409,9 @@ class _Builder:
     def _keep(self, old: fx.Node, new: fx.Node) -> fx.Node:
         """Give a copied node its spec and origin, and nothing else of export's."""
         value, tag = old.meta.get("val"), (old.meta.get("custom") or {}).get(TAG)
+        if _torch.is_transformed(value):
+            line = _first_line([old, *old.users])
+            raise Refused("it calls torch.func.grad or the like, which takes functions", PLAIN, line)
         new.meta = {"spec": spec_of(value, self.names, self.storages, new.name)}
         if tag is not None and old.op == "call_function":
             self.last = Origin(max(tag[1], 0), tag[0], _line(old, self.libraries) or self.lines.get(tag[1], ""))
@@ -403,44 +479,12 @@ def _parameter_names(module: nn.Module) -> list[str]:
     return [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
 
 
+def _first_line(nodes: Iterable[fx.Node]) -> fx.Node | None:
+    """The first node that knows its line."""
+    return next((node for node in nodes if node.meta.get("stack_trace")), None)
+
+
 def _line(node: fx.Node, libraries: Libraries) -> str:
-    """``file:line`` of the innermost line of the model that made the node."""
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    places = [line for line in trace if line.lstrip().startswith('File "')]
-    if not places:
-        return ""
-    _, file, rest = places[-1].split('"', 2)
-    return f"{libraries.short(file)}:{rest.split('line ')[1].split(',')[0]}"
-
-
-def _capture_error(module: nn.Module, failures: Sequence[Exception]) -> CaptureError:
-    """The first failure in words, at the model's line."""
-    error = failures[0]
-    cause, fix = _explain(error)
-    place = _model_line(error)
-    message = f"{type(module).__name__} cannot be captured as one graph: {cause}"
-    return CaptureError(f"{message}\n  at {place}\n  {fix}" if place else f"{message}\n  {fix}")
-
-
-def _explain(error: Exception) -> tuple[str, str]:
-    text = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, CaptureError):
-        return text, "see docs/capture.md"
-    if isinstance(error, _torch.NeedsData):
-        return (
-            "its control flow or a size depends on the numbers in a tensor",
-            "use torch.where or torch.cond in the model, or trace a submodule that has no such branch",
-        )
-    if isinstance(error, NotImplementedError):
-        return f"an operator has no shape rule: {text}", "register one with torch.library.register_fake"
-    return (
-        f"{type(error).__name__}: {text}",
-        "run the module itself on these inputs first; if that works, see docs/capture.md",
-    )
-
-
-def _model_line(error: Exception) -> str:
-    """The innermost line of the model in a traceback."""
-    libraries = Libraries()
-    own = [f for f in traceback.extract_tb(error.__traceback__) if libraries.is_model_code(f.filename)]
-    return f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
+    """``file:line`` of the innermost line that made the node."""
+    lines = stack_lines(node)
+    return f"{libraries.short(lines[-1][0])}:{lines[-1][1]}" if lines else ""

@@ -354,6 +354,13 @@ class Libraries:
         return os.path.relpath(file, folder) if os.path.isabs(file) else file
 
 
+def stack_lines(node: torch.fx.Node) -> list[tuple[str, int, str]]:
+    """File, line number and code of each Python call in which export made a node, outermost first."""
+    trace = str(node.meta.get("stack_trace") or "")
+    found = re.finditer(r'^ *File "(.+)", line (\d+).*\n?(.*)', trace, re.MULTILINE)
+    return [(match[1], int(match[2]), match[3].strip()) for match in found]
+
+
 def _border(value: Any) -> Any:
     """Each tensor of plain containers through ``alias``; lists and dicts keep their identity, objects are left."""
     if isinstance(value, torch.Tensor):

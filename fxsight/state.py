@@ -1,12 +1,17 @@
-"""The settings of a module: everything in it, beside tensors and code, that its forward may branch on."""
+"""The state of a module beside tensors and code: what its forward may branch on, and what it may leave behind."""
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 _PLAIN = (bool, int, float, str, type(None))
+_TABLES = (dict, OrderedDict, defaultdict, Counter)
+_ROWS = (list, deque)
 
 
 def settings(module: nn.Module) -> tuple[Any, ...]:
@@ -27,3 +32,47 @@ def _of(module: nn.Module) -> tuple[Any, ...]:
     tensors = (*own["_parameters"].values(), *own["_buffers"].values())
     weights = tuple(None if t is None else (t.dtype, t.device, t.shape) for t in tensors)
     return (type(module).__qualname__, plain, hooks, more, weights)
+
+
+@contextmanager
+def restored(module: nn.Module) -> Generator[None]:
+    """What is done inside to the attributes of a module and of its submodules is undone on the way out.
+
+    Lists, dicts, sets and deques in attributes get their members back; tensors and other objects are left alone.
+    """
+    found: dict[int, tuple[Any, list[Any]]] = {}
+    for part in module.modules():
+        _collect(vars(part), found)
+    try:
+        yield
+    finally:
+        for container, members in found.values():
+            now = _members(container)
+            if len(now) != len(members) or any(a is not b for a, b in zip(now, members, strict=True)):
+                _refill(container, members)
+
+
+def _collect(value: Any, found: dict[int, tuple[Any, list[Any]]]) -> None:
+    """Every container in a value, by ``id``, with its members."""
+    kind = type(value)
+    if id(value) in found or kind not in (*_TABLES, *_ROWS, set, tuple):
+        return
+    members = found[id(value)] = (value, _members(value))
+    for member in members[1]:
+        _collect(member, found)
+
+
+def _members(container: Any) -> list[Any]:
+    """Keys and values of a dict, one after the other; the members of anything else."""
+    return [x for pair in container.items() for x in pair] if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, members: Sequence[Any]) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        for key, value in zip(members[::2], members[1::2], strict=True):
+            container[key] = value
+    elif isinstance(container, set):
+        container.update(members)
+    else:
+        container.extend(members)

@@ -3,6 +3,9 @@
 import copy
 import inspect
 import io
+import logging
+import warnings
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,16 +25,11 @@ from fxsight.progress import Progress, stderr_console
 from fxsight.tracer import Tracer
 from fxsight.tree import flatten
 
-# Waits for changes of capture.py that are proposed, not made. When they are, take the mark and ``WAITING`` away.
-proposed = pytest.mark.xfail(reason="capture.py does not do this yet")
-WAITING = (
-    *("branch", "item", "while", "assert", "numpy", "custom operator", "operator of a library", "autocast", "vmap"),
-    *("shapes", "a string", "an array", "one row in training", "replaces a buffer"),
-)
+SLOW = ("flex attention",)  # imports all of Inductor
 
 
 def params(cases: Mapping[str, Any]) -> list[Any]:
-    return [pytest.param(case, id=name, marks=[proposed] * (name in WAITING)) for name, case in cases.items()]
+    return [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in cases.items()]
 
 
 def traced(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, Tracer]:
@@ -180,9 +178,49 @@ class Pair(nn.Module):
         return x @ y.transpose(-1, -2)
 
 
+class Grad(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return torch.func.grad(lambda row: (row**2).sum())(x)
+
+
+class Jvp(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return torch.func.jvp(torch.sin, (x,), (x,))
+
+
+class Attention(nn.Module):
+    """An operator that Dynamo looks into, and cannot."""
+
+    def forward(self, x: Tensor) -> Any:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        query = x[:, None, None]
+        return flex_attention(query, query, query)
+
+
+class Grows(nn.Module):
+    """Puts a longer tensor in the place of a buffer."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = torch.cat([self.seen, x[0]])
+        return x * 2
+
+
+class Bare(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 NUMBERS = "its control flow or a size depends on the numbers in a tensor"
 WHERE = "use torch.where in the model, or trace a submodule that has no such branch"
 FAKE = "register one with torch.library.register_fake"
+PLAIN = "write it with plain operators, or trace a submodule without it"
 FIRST = "run the module itself on these inputs first; if that works, see docs/capture.md"
 X = torch.tensor([[0.5, -1.0, 2.0, 0.25], [1.0, 0.0, -3.0, 1.5]])
 
@@ -272,7 +310,52 @@ FAILURES = {
         (X,),
         "it calls torch.vmap, which takes functions",
         place(Vmap, "return torch.vmap(lambda row: row.sum())(x)"),
-        "write it with plain operators, or trace a submodule without it",
+        PLAIN,
+    ),
+    "jvp": Failure(
+        Jvp(),
+        (X,),
+        "it calls torch.func.jvp, which takes functions",
+        place(Jvp, "return torch.func.jvp(torch.sin, (x,), (x,))"),
+        PLAIN,
+    ),
+    "grad": Failure(
+        Grad(),
+        (X,),
+        "it calls torch.func.grad or the like, which takes functions",
+        place(Grad, "return torch.func.grad(lambda row: (row**2).sum())(x)"),
+        PLAIN,
+    ),
+    "cond": Failure(
+        Cond(),
+        (X,),
+        "it calls torch.cond or another operator that takes functions",
+        place(Cond, "return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))"),
+        "use torch.where in the model, or trace a submodule without it",
+    ),
+    "flex attention": Failure(
+        Attention(),
+        (X,),
+        "it calls torch.cond or another operator that takes functions",
+        place(Attention, "return flex_attention(query, query, query)"),
+        "use torch.where in the model, or trace a submodule without it",
+    ),
+    "a buffer that grows": Failure(
+        Grows(),
+        (X,),
+        "it puts a tensor of another shape, dtype or device in the place of the buffer seen",
+        place(Grows, "self.seen = torch.cat([self.seen, x[0]])"),
+        "make the buffer like that from the start, or keep the tensor in an attribute",
+    ),
+    "operator on meta": Failure(
+        Raw(),
+        (X.to("meta"),),
+        "the operator fxsight_tests.raw.default has no shape rule",
+        place(Raw, "return torch.ops.fxsight_tests.raw(x) + 1"),
+        FAKE,
+    ),
+    "an error without a word": Failure(
+        Bare(), (X,), "NotImplementedError", place(Bare, "raise NotImplementedError"), FIRST
     ),
     "one row in training": Failure(
         nn.BatchNorm1d(4).train(),
@@ -292,20 +375,6 @@ def test_the_whole_message(failure: Failure, capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr() == ("", ""), "torch's own reports stay away"
 
 
-@proposed
-@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
-def test_cond() -> None:
-    assert error_of(Cond(), X) == (
-        "Cond cannot be captured as one graph: it calls torch.cond or another operator that takes functions\n"
-        "  at " + place(Cond, COND) + "\n"
-        "  use torch.where in the model, or trace a submodule without it"
-    )
-
-
-COND = "return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))"
-
-
-@proposed
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiled_by_jit() -> None:
     compiled = torch.jit.script(nn.Linear(4, 4))
@@ -426,6 +495,54 @@ class Replaces(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.counts.n = self.counts.n + 2
         return x * self.counts.n
+
+
+class Swaps(nn.Module):
+    """Two buffers change places, a third gets a view of its old self; the old one is returned."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("a", "b", "c"):
+            self.register_buffer(name, torch.arange(4.0).reshape(2, 2) + ord(name))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        old = self.a
+        self.a, self.b, self.c = self.b, self.a, self.c.t()
+        return old, x + self.a.sum()
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Callable[..., nn.RNNBase]) -> None:
+        super().__init__()
+        self.inner = kind(4, 3, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden, last = self.inner(x)
+        return self.head(hidden), last
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        state = (torch.zeros_like(x), torch.zeros_like(x))
+        for _ in range(3):
+            state = self.cell(x, state)
+        return state
+
+
+class Counting(nn.Module):
+    """No tensor goes in."""
+
+    def forward(self, n: int) -> Tensor:
+        return torch.arange(n) * 2
 
 
 class Thrice(nn.Module):
@@ -550,6 +667,16 @@ SUCCESSES = {
     "changes values": Success(ChangesValues, matrix, ROWS),
     "adds to a buffer": Success(Counts, matrix, ROWS),
     "replaces a buffer": Success(Replaces, matrix, ROWS),
+    "buffers change places": Success(Swaps, matrix, ROWS),
+    # torch's recurrent operators ask for every size of their input.
+    "LSTM": Success(lambda: nn.LSTM(4, 3), matrix, [(2, 3, 4), (1, 1, 4), (2, 3, 4), (5, 4)], made=3),
+    "GRU": Success(lambda: nn.GRU(4, 3, batch_first=True), matrix, [(2, 3, 4), (3, 2, 4)], made=2),
+    "RNN": Success(lambda: nn.RNN(4, 3, nonlinearity="relu"), matrix, [(2, 3, 4), (3, 2, 4)], made=2),
+    "LSTM in a model": Success(lambda: Recurrent(nn.LSTM), matrix, [(2, 3, 4), (3, 2, 4)], made=2),
+    "GRU in a model": Success(lambda: Recurrent(nn.GRU), matrix, [(2, 3, 4), (3, 2, 4)], made=2),
+    "LSTM in training": Success(lambda: nn.LSTM(4, 3, 2, dropout=0.5).train(), matrix, [(2, 3, 4), (2, 3, 4)]),
+    "LSTM cells": Success(Cells, matrix, ROWS, made=2),
+    "numbers only": Success(Counting, lambda n: (n,), [(3,), (5,), (3,)], made=2),
     "called several times": Success(Thrice, matrix, ROWS),
     "tied weights": Success(Tied, lambda b, n: (ids(b, n),), [(2, 3), (1, 1), (4, 2)]),
     "training": Success(lambda: Regularised().train(), matrix, [(4, 4), (3, 4)]),
@@ -684,7 +811,6 @@ class Remembers(nn.Module):
         return x * self.calls
 
 
-@proposed
 def test_what_a_forward_keeps_in_its_module_is_left_as_it_was() -> None:
     net = Remembers()
     seen = net.seen
@@ -697,6 +823,69 @@ def test_what_a_forward_keeps_in_its_module_is_left_as_it_was() -> None:
 
     net(X)
     assert torch.equal(traced(model, X)[0], X * 2), "another state is another signature"
+
+
+def test_the_weights_of_a_recurrent_layer_stay_where_they_are() -> None:
+    net = nn.LSTM(4, 3)
+    weights = net._flat_weights
+    traced(Model(net, cache=False), randn(2, 3, 4))
+    assert net._flat_weights is weights
+    assert all(a is b for a, b in zip(weights, net.parameters(), strict=True))
+
+
+class Keeps(nn.Module):
+    """Leaves something in all sorts of containers, and a new submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: dict[str, Any] = {"rows": [1], "names": {"a"}}
+        self.ordered = OrderedDict[str, int](a=1, b=2)
+        self.last, self.pair = deque([1, 2], maxlen=2), ([1], 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table["rows"].append(x)
+        self.table["names"].add("b")
+        self.table["new"] = x
+        self.ordered.move_to_end("a")
+        self.last.append(3)
+        self.pair[0].clear()
+        self.late = nn.Identity()
+        del self.training
+        self.training = False
+        return x * 2
+
+
+def test_what_a_forward_puts_into_containers_is_taken_out_again() -> None:
+    net = Keeps()
+
+    def held() -> tuple[Any, ...]:
+        return net.table, net.table["rows"], net.ordered, net.last, net.pair
+
+    were = held()
+    before = copy.deepcopy({k: v for k, v in vars(net).items() if k[:1] != "_"})
+    assert torch.equal(traced(Model(net, cache=False), X)[0], X * 2)
+    assert {k: v for k, v in vars(net).items() if k[:1] != "_"} == before
+    assert list(net.ordered) == ["a", "b"]
+    assert list(vars(net)) == list(vars(Keeps())), "in the order of the constructor"
+    assert all(a is b for a, b in zip(held(), were, strict=True))
+    assert not list(net.children())
+
+
+def test_torch_s_reports_stay_away_and_others_come_through() -> None:
+    class Warns(Branch):
+        def forward(self, x: Tensor) -> Tensor:
+            warnings.warn("mine", UserWarning, stacklevel=1)
+            return super().forward(x)
+
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = list(logger.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        error_of(Warns(), X)
+        error_of(Cond(), X)
+        traced(Model(nn.LSTM(4, 3), cache=False), randn(2, 3, 4))
+    assert {str(warning.message) for warning in caught} == {"mine"}
+    assert logger.filters == before
 
 
 # ---------------------------------------------------------------------------------------------------- progress
