@@ -24,6 +24,7 @@ from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place
 from fxsight.record import Recorder
 from fxsight.run import Executable
+from fxsight.sizes import check_guards
 from fxsight.tree import flatten
 from fxsight.value import Value, not_saved, values_in
 from fxsight.write import check_write, present
@@ -111,9 +112,12 @@ class Tracer:
     def _open(self, address: Address) -> None:
         """Go on with the program in which what is fused above the address is opened.
 
-        Raises: UnknownAddress when opening does not help.
+        Raises: UnknownAddress when opening does not help; InputError where the parts are another operator's: at sizes
+        that break their conditions.
         """
-        self._captured = self._captures.opened(self._captured, address)
+        opened = self._captures.opened(self._captured, address)
+        check_guards(opened, self._sizes)
+        self._captured = opened
         self._places = self._captures.places(self._captured)
         self._recorder.move(self._places)
 
