@@ -84,7 +84,8 @@ class Call:
     module, module_call: the module it is (kind "module") or belongs to, and which of its calls.
     title: class of the module, or name of the function.  line: where it is called, ``file:line``.
     body: file, name and first line of the function that runs; None when it is not Python.
-    inputs: of ``(args, kwargs)``.  start, end: on the clock.  ran: sites of its source that ran but left no value.
+    inputs: of ``(args, kwargs)``.  start, end: on the clock, fractions in what has been opened.
+    ran: sites of its source that ran but left no value.
     """
 
     id: int
@@ -99,8 +100,8 @@ class Call:
     body: tuple[str, str, int] | None
     inputs: Structure
     output: Structure
-    start: int
-    end: int
+    start: float
+    end: float
     ran: tuple[str, ...] = ()
 
     def to_json(self) -> Json:

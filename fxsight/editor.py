@@ -6,6 +6,7 @@ Every node an editor makes gets a name, a spec and an origin; ``finish`` gives t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -73,7 +74,7 @@ class Editor:
         with self.graph.inserting_after(after) if after is not None else place:
             node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), self._free(name))
         given = origin or (origin_of(like) if like is not None else Origin())
-        return self._made(node, spec, Origin(given.call, given.time, given.line, given.user, self.made_by))
+        return self._made(node, spec, replace(given, made_by=self.made_by, was=""))
 
     def placeholder(self, name: str, binding: Binding, spec: Spec) -> fx.Node:
         """A new input of the graph, after the others."""

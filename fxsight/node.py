@@ -37,6 +37,7 @@ class Origin:
 
     call: the innermost call of the book it was made in; -1 for none.  time: on the book's clock.
     line: the model's line, ``file:line``.  user: the user's line that asked for it.  made_by: the pass, or "capture".
+    was: of an opened operator and its members, the call that it was, as text.  part_of: of its parts, its node.
     """
 
     call: int = -1
@@ -44,6 +45,8 @@ class Origin:
     line: str = ""
     user: str = ""
     made_by: str = "capture"
+    was: str = ""
+    part_of: str = ""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,20 @@ def _parse_program(text: str, book: Book | None, literals: Mapping[str, torch.Te
     )
 
 
+def parse_arguments(call: str, nodes: Mapping[str, fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``function(arguments)`` as a program writes it, with these nodes.
+
+    Raises: TextError.
+    """
+    try:
+        parsed = ast.parse(call, mode="eval").body
+    except SyntaxError as error:
+        raise TextError(f"not a call: {call!r}: {error.msg}") from None
+    if not isinstance(parsed, ast.Call):
+        raise TextError(f"not a call: {call!r}")
+    return _Reader({}, nodes).arguments(parsed)
+
+
 def _parse(text: str) -> tuple[ast.FunctionDef, dict[int, str]]:
     try:
         tree = ast.parse(text)
@@ -114,9 +128,9 @@ def _expression(text: str) -> Any:
 class _Reader:
     """Reads the lines of one function into a graph."""
 
-    def __init__(self, notes: Mapping[int, str]) -> None:
+    def __init__(self, notes: Mapping[int, str], made: Mapping[str, fx.Node] = {}) -> None:
         self.notes = notes
-        self.made: dict[str, fx.Node] = {}
+        self.made = dict(made)
 
     def graph(self, function: ast.FunctionDef) -> fx.Graph:
         graph = fx.Graph()
@@ -130,10 +144,7 @@ class _Reader:
     def _statement(self, graph: fx.Graph, statement: ast.stmt) -> None:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call):
-                kwargs = {k.arg: self._value(k.value) for k in call.keywords if k.arg is not None}
-                target, args = find_target(ast.unparse(call.func)), tuple(map(self._value, call.args))
-                if len(kwargs) < len(call.keywords):
-                    raise TextError(f"line {statement.lineno}: no ** in a program")
+                target, (args, kwargs) = find_target(ast.unparse(call.func)), self.arguments(call)
                 check_call(target, args)
                 node = graph.create_node("call_function", target, args, kwargs, name)
                 self._add(node, name, statement.lineno)
@@ -141,6 +152,13 @@ class _Reader:
                 graph.output(self._value(value))
             case _:
                 raise TextError(f"line {statement.lineno}: not 'name = function(...)': {ast.unparse(statement)!r}")
+
+    def arguments(self, call: ast.Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of a call."""
+        kwargs = {k.arg: self._value(k.value) for k in call.keywords if k.arg is not None}
+        if len(kwargs) < len(call.keywords):
+            raise TextError(f"line {call.lineno}: no ** in a program")
+        return tuple(map(self._value, call.args)), kwargs
 
     def _add(self, node: fx.Node, name: str, line: int) -> fx.Node:
         if node.name != name or name in self.made:

@@ -8,8 +8,9 @@ input, those inside the call.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -18,6 +19,7 @@ from fxsight.address import Address, Key, Step
 from fxsight.book import Call, Const, Leaf, Opaque, Ref, Structure, Weight
 from fxsight.errors import NotExecuted, UnknownAddress, nearest
 from fxsight.node import binding_of, origin_of
+from fxsight.parse import parse_arguments
 from fxsight.program import Program
 from fxsight.rules import Table
 from fxsight.source import Source, SourceReader
@@ -126,14 +128,20 @@ class Places:
         call = self._module(address)
         for depth, step in enumerate(address.steps):
             below = self.program.book.child(call, step.name, step.n)
+            if below is None or below.id in self._operators:
+                node = self.node_places(call).get(str(step))
+                if node is not None and depth == len(address.steps) - 1:
+                    return node
+                below = None if node is None else self.inside(node)
             if below is None:
-                last = depth == len(address.steps) - 1
-                node = self.node_places(call).get(str(step)) if last else None
-                if node is None:
-                    raise self._missing(call, step)
-                return node
+                raise self._missing(call, step)
             call = below
         return self.place(call)
+
+    def inside(self, place: Place) -> Call | None:
+        """The call whose body the parts of an opened operator are; None for all that has not been opened."""
+        number = place.call.id if place.call is not None else self._bodies.get(place.key.removeprefix("%"), -1)
+        return self.program.book.calls[number] if number in self._opened else None
 
     def place(self, call: Call) -> Place:
         """The place of a call."""
@@ -196,17 +204,62 @@ class Places:
         return None if call.body is None else self.reader.find(*call.body)
 
     def node_places(self, call: Call) -> Mapping[str, Place]:
-        """Every node made by a call or below it, under its own stable name: operator and number in the call."""
-        inside = self._own(call) if call.kind == "module" else {c.id for c in self._below(call)}
+        """Every node made by a call or below it, under its own stable name: operator and number in the call.
+
+        An opened operator keeps its name, and its parts have names below it alone: no other is renumbered.
+        """
+        return self._named(call)[0]
+
+    def parts(self, call: Call) -> Mapping[str, Place]:
+        """What a call is made of: of an opened operator its parts, of any other its nodes."""
+        named, parts = self._named(call)
+        return parts if call.id in self._opened else named
+
+    def _named(self, call: Call) -> tuple[Mapping[str, Place], Mapping[str, Place]]:
+        """The places of the nodes of a call by name; those of its parts, when it is opened, again."""
+        calls = self._own(call) if call.kind == "module" else {c.id for c in self._below(call)}
+        made = [n for n in self.program.graph.nodes if n.op == "call_function" and origin_of(n).call in calls]
+        around, opened = self._around(call), self._opened.get(call.id)
+        own = [n for n in made if origin_of(n).part_of == around]
+        parts = [n for n in made if origin_of(n).part_of == opened]
         counts: dict[str, int] = {}
-        found: dict[str, Place] = {}
-        for node in self.program.graph.nodes:
-            if node.op == "call_function" and origin_of(node).call in inside:
-                name = target_name(node.target).split(".")
-                label = f"aten_{name[1]}" if name[0] == "aten" else "_".join(name)
-                number = counts[label] = counts.get(label, -1) + 1
-                found[f"{label}_{number}"] = self._node_place(call, f"{label}_{number}", node)
+        named = {}
+        for node in (*own, *parts):
+            name = (origin_of(node).was.partition("(")[0] or target_name(node.target)).split(".")
+            label = f"aten_{name[1]}" if name[0] == "aten" else "_".join(name)
+            number = counts[label] = counts.get(label, -1) + 1
+            named[f"{label}_{number}"] = self._node_place(call, f"{label}_{number}", node)
+        return named, dict(list(named.items())[len(own) :])
+
+    @cached_property
+    def _bodies(self) -> Mapping[str, int]:
+        """The opened operators, by name of their node: the call whose body their parts are."""
+        book, found = self.program.book, dict[str, int]()
+        for name in dict.fromkeys(origin_of(n).part_of for n in self.program.graph.nodes):
+            if name in self.program.nodes:
+                made_in = book.calls[origin_of(self.program.nodes[name]).call]
+                own = (c.id for c in book.children(made_in) if c.output.leaves == (Ref(name),) and c.kind == "torch")
+                found[name] = next(own, made_in.id)
         return found
+
+    @cached_property
+    def _opened(self) -> Mapping[int, str]:
+        """The same by number of the call."""
+        return {call: name for name, call in self._bodies.items()}
+
+    @cached_property
+    def _operators(self) -> Set[int]:
+        """Calls that stand for one operator of several that a call makes."""
+        made_in = {call: origin_of(self.program.nodes[name]).call for name, call in self._bodies.items()}
+        return {call for call, outer in made_in.items() if call != outer}
+
+    def _around(self, call: Call) -> str:
+        """The node of the innermost opened operator around a call; empty when there is none."""
+        while call.parent is not None:
+            call = self.program.book.calls[call.parent]
+            if call.id in self._opened:
+                return self._opened[call.id]
+        return ""
 
     def _own(self, call: Call) -> set[int]:
         """The call and what is below it, without other modules."""
@@ -223,7 +276,9 @@ class Places:
 
     def _node_place(self, call: Call, name: str, node: fx.Node) -> Place:
         time = origin_of(node).time
-        inputs = _structure_of((tuple(node.args), dict(node.kwargs)))
+        was = origin_of(node).was
+        args, kwargs = parse_arguments(was, self.program.nodes) if was else (tuple(node.args), dict(node.kwargs))
+        inputs = _structure_of((args, kwargs))
         known = isinstance(node.meta.get("spec"), TensorSpec)
         output = Structure(LEAF, (Ref(node.name) if known else Opaque("several values: its members are nodes, too"),))
         return Place(self.program.book.address(call).step(name), f"%{node.name}", inputs, output, time - 0.5, time)

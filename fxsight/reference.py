@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+class NoFormula(Exception):
+    """Called in a way that is not written out here."""
+
+
 _NEVER = float("-inf")  # a score that softmax turns into a weight of 0
 
 
@@ -73,6 +78,14 @@ def plain_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> 
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 
 
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Values less the logarithm of the sum of their exponentials along one dimension; in ``dtype`` if given."""
+    if dtype is not None:
+        input = input.to(dtype)
+    below = input - torch.amax(input, dim=dim, keepdim=True)  # no exponential is above 1
+    return below - torch.exp(below).sum(dim=dim, keepdim=True).log()
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -108,6 +121,60 @@ def rms_norm(
     return normal.to(input.dtype) if _is_short(input) else normal
 
 
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """Mean 0 and variance 1 in each group of channels, then ``weight`` and ``bias``; 16-bit values in float32.
+
+    input: f32[batch, channels, …].  weight, bias: f32[channels].
+    """
+    wide = input.float() if _is_short(input) else input
+    grouped = torch.unflatten(wide, 1, (num_groups, input.size(1) // num_groups))
+    dims = tuple(range(2, grouped.dim()))
+    centered = grouped - grouped.mean(dims, keepdim=True)
+    variance = centered.square().mean(dims, keepdim=True)
+    normal = torch.flatten(centered * torch.rsqrt(variance + eps), 1, 2)
+    if weight is not None:
+        normal = normal * _by_channel(weight, input)
+    if bias is not None:
+        normal = normal + _by_channel(bias, input)
+    return normal.to(input.dtype) if _is_short(input) else normal
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """Each channel by its running mean and variance, then ``weight`` and ``bias``; 16-bit values in float32.
+
+    input: f32[batch, channels, …].  All others: f32[channels].
+
+    Raises: NoFormula in training, when it changes its running statistics.
+    """
+    if training or running_mean is None or running_var is None:
+        raise NoFormula("in training it changes its running statistics; use model.eval()")
+    wide = input.float() if _is_short(input) else input
+    centered = wide - _by_channel(running_mean, input)
+    normal = centered * _by_channel(torch.rsqrt(running_var + eps), input)
+    if weight is not None:
+        normal = normal * _by_channel(weight, input)
+    if bias is not None:
+        normal = normal + _by_channel(bias, input)
+    return normal.to(input.dtype) if _is_short(input) else normal
+
+
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     """``x`` times the probability that a normal number is below ``x``; "tanh" approximates that probability."""
     if approximate == "tanh":
@@ -123,6 +190,11 @@ def silu(input: Tensor) -> Tensor:
     return input * torch.sigmoid(input)
 
 
+def _by_channel(value: Tensor, input: Tensor) -> Tensor:
+    """f32[channels] to f32[channels, 1, …], which fits f32[batch, channels, …]."""
+    return value.reshape([-1, *[1] * (input.dim() - 2)])
+
+
 def _is_short(value: Tensor) -> bool:
     return value.dtype in (torch.float16, torch.bfloat16)
 
@@ -132,8 +204,11 @@ aten = torch.ops.aten
 REFERENCES: Mapping[Any, Callable[..., Tensor]] = {
     aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
     aten.softmax.int: plain_softmax,
+    aten.log_softmax.int: log_softmax,
     aten.layer_norm.default: layer_norm,
     aten.rms_norm.default: rms_norm,
+    aten.group_norm.default: group_norm,
+    aten.batch_norm.default: batch_norm,
     aten.gelu.default: gelu,
     aten.silu.default: silu,
 }

@@ -155,11 +155,13 @@ class Look:
             place = places.find(address)
         except NotExecuted as error:
             return self._unknown(address, str(error))
-        if place.call is None:
-            return Body(target_name(node_of(place, places.program).target), None, (), program=places.program)
-        if place.call.kind == "torch" and place.call.body is None:
+        if place.call is None or (place.call.kind == "torch" and place.call.body is None):
             places = self.inside(address, places)
-        return _body(places.find(address).call or place.call, places)
+            place = places.find(address)
+        call = place.call or places.inside(place)
+        if call is None:
+            return Body(target_name(node_of(place, places.program).target), None, (), program=places.program)
+        return _body(call, places)
 
     def _unknown(self, address: Address, reason: str) -> Body:
         module, source = self.module(address.module), self.forward(address.module)
@@ -171,7 +173,7 @@ def _body(call: Call, places: Places) -> Body:
     """That of a call that was made."""
     source, program = places.source(call), places.program
     if source is None and call.kind == "torch":
-        return Body(call.title, None, tuple(places.node_places(call)), program=program, call=call)
+        return Body(call.title, None, tuple(places.parts(call)), program=program, call=call)
     calls: dict[str, list[Call]] = {}
     for child in program.book.children(call):
         calls.setdefault(child.name, []).append(child)

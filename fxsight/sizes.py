@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -26,10 +26,18 @@ def bind_sizes(program: Program, leaves: Sequence[Any]) -> dict[str, int]:
         value = sizes.get(size.name)
         if value is not None and (value < size.low or (size.high is not None and value > size.high)):
             raise InputError(f"{size.name} is {value}, and this program holds for {size}")
+    check_guards(program, sizes)
+    return sizes
+
+
+def check_guards(program: Program, sizes: Mapping[str, int]) -> None:
+    """Whether the conditions of a program hold.
+
+    Raises: InputError with the one that does not.
+    """
     for guard in program.guards:
         if guard.xreplace({s: sizes[s.name] for s in guard.free_symbols if s.name in sizes}) == False:  # noqa: E712
             raise InputError(f"sizes {sizes} break the condition {guard} of this program")
-    return sizes
 
 
 def _bind(sizes: dict[str, int], spec: TensorSpec, leaf: Any, what: str) -> None:

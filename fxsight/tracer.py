@@ -32,6 +32,7 @@ from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.rows import Call
 from fxsight.run import Executable
+from fxsight.sizes import check_guards
 from fxsight.tree import flatten
 from fxsight.value import Value, check_usable, values_in
 from fxsight.walk import Finish, Walk
@@ -328,9 +329,12 @@ class Tracer:
     def _open(self, address: Address) -> None:
         """Go on with the program in which what is fused above the address is opened.
 
-        Raises: UnknownAddress when opening does not help.
+        Raises: UnknownAddress when opening does not help; InputError where the parts are another operator's: at sizes
+        that break their conditions.
         """
-        self._captured = self.captures.opened(self._captured, address)
+        opened = self.captures.opened(self._captured, address)
+        check_guards(opened, self._sizes)
+        self._captured = opened
         if self._recorder is not None:
             self._recorder.move(self._places)
 
