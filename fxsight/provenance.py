@@ -30,8 +30,10 @@ from torch.overrides import TorchFunctionMode
 
 from fxsight import _torch
 from fxsight.book import Call, Const, Kind, Leaf, Opaque, Ref, SizeRef, Structure, Weight
-from fxsight.source import Kind as SiteKind
-from fxsight.source import Site, Source, SourceReader, Span, site_table
+from fxsight.instructions import Kind as SiteKind
+from fxsight.instructions import Span, site_table
+from fxsight.sites import Site
+from fxsight.source import Source, SourceReader
 from fxsight.tree import LEAF, flatten
 
 TAG = "fxsight"  # key of our tag in node.meta["custom"]: [time, call]

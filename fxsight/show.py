@@ -16,7 +16,8 @@ from fxsight.passes.open_fused import open_above, open_place
 from fxsight.place import Place, Places
 from fxsight.program import Program
 from fxsight.provenance import Libraries
-from fxsight.source import Site, Source
+from fxsight.sites import Site
+from fxsight.source import Source
 from fxsight.spec import SizeSpec, Spec, TensorSpec
 from fxsight.targets import target_name
 from fxsight.tree import Tree

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 import fxsight.source
 from fxsight.errors import UnknownAddress
-from fxsight.source import Site, Source, SourceReader, Span, site_of_frame, site_table
+from fxsight.instructions import Span, site_of_frame, site_table
+from fxsight.sites import Site
+from fxsight.source import Source, SourceReader
 
 # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────
 
