@@ -208,13 +208,44 @@ def plain_function_calls() -> Any:
 def compile_graph(module: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
     """Compile a graph with Inductor, for the (symbolic) sizes of the fake example inputs.
 
+    Random operators stay torch's own, and draw the numbers that they draw op by op.
+
     Reason: ``torch.compile`` would capture the graph a second time with Dynamo and guard every call; this is the entry
     point below it (2.8+). Nothing is imported from Inductor before the first call.
     """
     from torch._inductor import standalone_compile
 
-    compiled: Callable[..., Any] = standalone_compile(module, example, dynamic_shapes="from_graph")
+    options = {"config_patches": {"fallback_random": True}}
+    compiled: Callable[..., Any] = standalone_compile(module, example, dynamic_shapes="from_graph", options=options)
     return compiled
+
+
+def save_compiled(compiled: Any, path: str) -> None:
+    """Write what ``compile_graph`` made into a file.
+
+    Reason: ``CompiledArtifact`` is documented, its home is private (2.8+).  Raises: RuntimeError where it cannot.
+    """
+    compiled.save(path=path, format="binary")
+
+
+def load_compiled(path: str) -> Callable[..., Any]:
+    """What ``save_compiled`` wrote, ready to be called; it runs code in that file.
+
+    Reason: see there.  Raises: anything, for files that are damaged or of another torch.
+    """
+    from torch._inductor.standalone_compile import CompiledArtifact
+
+    return CompiledArtifact.load(path=path, format="binary")
+
+
+def compiler_settings() -> str:
+    """A hash of the settings of Inductor that may change what it makes.
+
+    Reason: no public name says what a compiled artifact depends on (``get_hash``, 2.3+).
+    """
+    from torch._inductor import config
+
+    return config.get_hash().hex()
 
 
 def symbolic_mode() -> FakeTensorMode:
@@ -250,3 +281,31 @@ def swap(value: torch.Tensor, tensor: torch.Tensor) -> None:
     else:
         public: Any = torch.utils.swap_tensors
         public(value, tensor)
+
+
+def symbolic_sizes(mode: FakeTensorMode, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """A ``SymInt`` for each name; the numbers are examples, all different.
+
+    Reason: only ``ShapeEnv`` makes symbols that no tensor's shape brings along (2.1+).
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    made: dict[str, Any] = {}
+    env = mode.shape_env
+    assert env is not None
+    for name, number in sizes.items():
+        source = ConstantSource(name)
+        expr = env.create_symbol(number, source, dynamic_dim=DimDynamic.DYNAMIC)
+        made[name] = env.create_symintnode(expr, hint=number, source=source)
+    return made
+
+
+def symbolic_number(mode: FakeTensorMode, expr: Any, number: int) -> Any:
+    """The ``SymInt`` of an expression over symbols of the mode; ``number`` is its example.
+
+    Reason: see ``symbolic_sizes``.
+    """
+    env = mode.shape_env
+    assert env is not None
+    return env.create_symintnode(expr, hint=number)

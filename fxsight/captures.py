@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fxsight.address import Address
+from fxsight.artifacts import Artifacts
 from fxsight.capture import capture_all
 from fxsight.context import open_trace
 from fxsight.errors import InputError
@@ -56,11 +57,12 @@ class Found:
 class Captures:
     """All programs of one module, and the trace that is open on it."""
 
-    def __init__(self, module: nn.Module, store: Store | None) -> None:
+    def __init__(self, module: nn.Module, store: Store | None, artifacts: Artifacts | None = None) -> None:
         self.module = module
         self.reader = SourceReader()
         self.made = 0  # captures made here, neither found in memory nor on disk
         self.latest: Program | None = None  # the program asked for last: what browsing outside a trace shows
+        self.artifacts = artifacts or Artifacts()  # compiled regions, for all programs of the module
         self._store = store
         self._programs: dict[Any, list[Program]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
@@ -154,17 +156,21 @@ class Captures:
         Raises: CausalityError.
         """
         if known is not None:  # values of this very trace: nothing to keep
-            return Executable(pipeline_for(asked, known)(program), self.module, constants, tier, dict(asked.sizes))
+            return self._executable(pipeline_for(asked, known)(program), asked, constants, tier)
         key = (id(program), asked.key, tier)
         found = self._executables.get(key)
         if found is None:
-            finished = pipeline_for(asked)(program)
-            found = Executable(finished, self.module, constants, tier, dict(asked.sizes))
+            found = self._executable(pipeline_for(asked)(program), asked, constants, tier)
             self._executables[key] = found
             if len(self._executables) > KEPT:
                 self._executables.popitem(last=False)
         self._executables.move_to_end(key)
         return found
+
+    def _executable(
+        self, finished: Program, asked: Intervention, constants: Sequence[torch.Tensor], tier: Tier
+    ) -> Executable:
+        return Executable(finished, self.module, constants, tier, dict(asked.sizes), self.artifacts)
 
     def opened(self, program: Program, address: Address) -> Program:
         """The program with what is fused above the address opened; remembered.

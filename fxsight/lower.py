@@ -1,22 +1,28 @@
 """Program → callable, in two tiers behind one interface.
 
 eager: the graph as Python, ready at once; the same kernels in the same order as the module, so the same bits.
-inductor: compiled with free sizes; the same numbers within ``TOLERANCE``.
+inductor: compiled with free sizes; the same numbers within ``TOLERANCE``. It is compiled region by region
+(``regions``), so that blocks that are alike are compiled once; in one piece where that is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from fxsight import _torch
+from fxsight.artifacts import Artifacts
+from fxsight.driver import can_drive, drive
 from fxsight.editor import copy_graph
-from fxsight.errors import InputError
+from fxsight.errors import TraceError
+from fxsight.fakes import Untraceable, propagate
 from fxsight.node import binding_of
 from fxsight.program import Program
+from fxsight.regions import cut
 from fxsight.spec import TensorSpec, number
 
 Tier = Literal["eager", "inductor"]
@@ -49,10 +55,66 @@ def keeping(program: Program) -> Callable[..., dict[str, Any]]:
     return run
 
 
-def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int]) -> Lowered:
-    """The program compiled by Inductor for all sizes it is free in, except ``fixed`` ones.
+class Lowering:
+    """How one program runs: compiled at its first run, and kept from then on.
+
+    fixed: sizes that the program holds for alone.  artifacts: compiled regions.
+    calls: runs until now.  is_whole: whether it is compiled in one piece.
+    """
+
+    def __init__(self, program: Program, tier: Tier, fixed: Mapping[str, int], artifacts: Artifacts) -> None:
+        self.tier = tier
+        self.calls = 0
+        self.is_whole = False
+        self._program, self._fixed, self._artifacts = program, dict(fixed), artifacts
+        self._lowered: Lowered | None = eager(program) if tier == "eager" else None
+
+    def __call__(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """The results for one run's placeholders.
+
+        Raises: InputError where a size depends on numbers and the tier is inductor.
+        """
+        if self._lowered is None:
+            compile_it = inductor if self.is_whole else by_regions
+            self._lowered = compile_it(self._program, arguments, self._fixed, self._artifacts)
+        self.calls += 1
+        return self._lowered(*arguments)
+
+    def compile_whole(self) -> None:
+        """From the next run on, compiled in one piece: minutes for a large program, and the fastest runs after it.
+
+        Raises: TraceError when the program runs op by op.
+        """
+        if self.tier != "inductor":
+            raise TraceError("this program runs op by op, bit for bit: trace it with backend='inductor' to compile it")
+        if not self.is_whole:
+            self.is_whole, self._lowered = True, None
+
+
+def by_regions(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int], artifacts: Artifacts) -> Lowered:
+    """The program compiled by Inductor region by region, for all sizes it is free in.
+
+    A body that looked at sizes holds for ``fixed`` ones alone, but seldom depends on them: it is compiled for all
+    sizes, too, so that it shares its artifacts with others, and for these alone only where torch refuses that.
+    arguments: as for ``inductor``, which does what regions cannot (``driver.can_drive``).
+
+    Raises: InputError where a size depends on numbers.
+    """
+    if not can_drive(program, arguments):
+        return inductor(program, arguments, fixed, artifacts)
+    regions = cut(program)
+    for known in ({}, fixed) if fixed else ({},):
+        with suppress(Untraceable):
+            return drive(program, regions, arguments, known, _examples(program, known), artifacts)
+    return inductor(program, arguments, fixed, artifacts)  # which says what torch refuses
+
+
+def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int], _: Artifacts) -> Lowered:
+    """The program compiled by Inductor in one piece for all sizes it is free in, except ``fixed`` ones.
 
     arguments: one run's placeholders, for devices and dtypes; their numbers do not matter.
+
+    Raises: InputError where a size depends on numbers.
     """
     module = _graph_module(program)
     places = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -60,8 +122,10 @@ def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int
     example = [
         _example(mode, n, a, _examples(program, fixed), set(fixed)) for n, a in zip(places, arguments, strict=True)
     ]
-    with mode:
-        _propagate(module, example)
+    try:
+        propagate(module, mode, example)
+    except Untraceable as error:
+        raise error.__cause__ or error from None
     compiled = _torch.compile_graph(module, example)
     inputs = [binding_of(place).kind == "input" for place in places]
     return lambda *args: compiled(*(a.contiguous() if i else a for a, i in zip(args, inputs, strict=True)))
@@ -106,21 +170,3 @@ def _example(mode: Any, node: fx.Node, argument: Any, sizes: Mapping[str, int], 
     shape = [number(d, sizes) for d in spec.shape]
     free = [not isinstance(d, int) and not {str(s) for s in d.free_symbols} <= fixed for d in spec.shape]
     return _torch.symbolic(mode, torch.empty(shape, dtype=spec.dtype, device=spec.device), free)
-
-
-def _propagate(module: fx.GraphModule, example: Sequence[Any]) -> None:
-    """Give every node the fake value that Inductor expects."""
-
-    class Propagate(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            n.meta["example_value"] = n.meta["val"] = result
-            return result
-
-    try:
-        with torch.no_grad():
-            Propagate(module).run(*example)
-    except _torch.NeedsData as error:
-        raise InputError(
-            f"the inductor tier needs sizes that only running the model tells: {error}; use backend='eager'"
-        ) from error

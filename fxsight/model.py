@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxsight.address import Address
+from fxsight.artifacts import Artifacts
 from fxsight.captures import Captures
 from fxsight.containers import Saved
 from fxsight.context import open_trace
@@ -220,12 +221,13 @@ class Model(View):
             model.layer2.input[:, 0] = 0
             out = model.output.save()
 
-    cache: whether captured programs are kept on disk (``store``).
+    cache: whether captured programs (``store``) and compiled regions (``artifacts``) are kept on disk.
     """
 
     def __init__(self, module: nn.Module, *, cache: bool = True) -> None:
         super().__init__(None, module, "")
-        self.__dict__["_captures"] = Captures(module, Store() if cache else None)
+        artifacts = Artifacts.on_disk() if cache else Artifacts()
+        self.__dict__["_captures"] = Captures(module, Store() if cache else None, artifacts)
 
     def trace(
         self,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxsight.artifacts import Artifacts
 from fxsight.errors import InputError
-from fxsight.lower import Lowered, Tier, eager, inductor, keeping
+from fxsight.lower import Lowering, Tier, keeping
 from fxsight.node import Fixed
 from fxsight.program import Program
 from fxsight.sizes import bind_sizes
@@ -34,8 +35,9 @@ class Executable:
         constants: Sequence[torch.Tensor],
         tier: Tier,
         fixed: Mapping[str, int],
+        artifacts: Artifacts | None = None,
     ) -> None:
-        self.program, self.module, self.tier = program, module, tier
+        self.program, self.module = program, module
         self.constants = list(constants)
         self.decided = False
         self.fixed = dict(fixed)
@@ -44,13 +46,28 @@ class Executable:
         self._weights = [(i, weight_fetcher(module, str(b.key))) for i, b in bindings if b.kind == "weight"]
         self._inputs = [(i, int(b.key)) for i, b in bindings if b.kind == "input"]
         self._constants = [(i, int(b.key)) for i, b in bindings if b.kind == "constant"]
-        self._lowered: Lowered | None = eager(program) if tier == "eager" else None
+        self._lowering = Lowering(program, tier, fixed, artifacts or Artifacts())
 
     def bound(self, constants: Sequence[torch.Tensor], decided: bool) -> Executable:
         """The same program with constants of its own; ``decided``: its body has looked at numbers of one run."""
         own = copy.copy(self)
         own.constants, own.decided = list(constants), decided
         return own
+
+    @property
+    def tier(self) -> Tier:
+        """How it runs: "eager" or "inductor"."""
+        return self._lowering.tier
+
+    def compile_whole(self) -> None:
+        """From the next run on, run the program compiled in one piece, and not region by region.
+
+        Worth its long compilation for a small program that is called very often. All who share the program, that is,
+        later traces with an equal body and backend, run it so, too. The numbers stay within ``lower.TOLERANCE``.
+
+        Raises: TraceError when the program runs op by op (tier "eager").
+        """
+        self._lowering.compile_whole()
 
     @property
     def history(self) -> tuple[str, ...]:
@@ -96,9 +113,7 @@ class Executable:
     def run(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> Sequence[Any]:
         """The results, for input leaves that are known to fit: tensors of their own, no two the same."""
         arguments = self._arguments(leaves, constants)
-        if self._lowered is None:
-            self._lowered = inductor(self.program, arguments, self.fixed)
-        return _own(self._lowered(*arguments), arguments)
+        return _own(self._lowering(arguments), arguments)
 
     def run_keeping(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Every value that is computed, by name of its node; in the eager tier."""

@@ -11,37 +11,31 @@ that processes may share a folder; one that cannot be read is removed; a folder 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import inspect
 import io
 import json
 import os
 import sys
-import tempfile
-import time
 import types
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import nn
 
 import fxsight
 from fxsight import _torch
 from fxsight.book import Book, Call
-from fxsight.errors import FxsightError, FxsightWarning
+from fxsight.errors import FxsightError
+from fxsight.folder import LIMIT, Folder, cache_folder, digest, remove
 from fxsight.parse import parse_program
 from fxsight.program import Program
 
 FORMAT = 1
-LIMIT = 1 << 30  # bytes in the folder; beyond, what was used least recently is removed
 _LARGEST = 1 << 26  # bytes of one literal, or of a tensor that is told apart by its contents
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 # Attributes of transformers' models and configs that say where they came from; no forward reads them.
@@ -58,18 +52,21 @@ class Store:
         self, folder: Path | None = None, limit: int = LIMIT, versions: Mapping[str, str] | None = None
     ) -> None:
         self.folder = cache_folder() if folder is None else folder
-        self._limit = limit
+        self._files = Folder(self.folder, ".zip", "captured programs", limit)
         self._versions = versions
         self._asked: dict[Any, str | None] = {}
-        self._warned = False
 
     def programs(self, module: nn.Module, key: Any) -> Iterator[Program]:
         """The programs kept for a signature (``Captures.find``), last used first."""
         name = self._asked[key] = identity(module, key, self._versions or library_versions())
-        for path in [] if name is None else self._entries(f"{name}-*.zip"):
-            program = self._read(path, str(name))
-            if program is not None:
-                yield program
+        for path, data in () if name is None else self._files.read(name):
+            try:
+                program = decode(data, str(name))
+            except Exception:  # whatever a foreign file makes zipfile, json, torch or the parser raise
+                remove(path)
+                continue
+            self._files.used(path)
+            yield program
 
     def keep(self, module: nn.Module, key: Any, program: Program) -> None:
         """Keep a program under the identity its module had before it was captured: capturing may change a module.
@@ -83,85 +80,8 @@ class Store:
             data = None if name is None else encode(program, name)
         except (_Local, FxsightError, TypeError, ValueError):
             return
-        if data is not None:
-            self._write(self.folder / f"{name}-{_digest(data)[:16]}.zip", data)
-
-    # -- files -------------------------------------------------------------------------------------------------------
-
-    def _entries(self, pattern: str) -> list[Path]:
-        """Files of that name, last used first."""
-        used = [(stat.st_mtime, path) for path in self.folder.glob(pattern) if (stat := _stat(path))]
-        return [path for _, path in sorted(used, reverse=True)]
-
-    def _read(self, path: Path, name: str) -> Program | None:
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return None  # removed by another process, or not ours to read
-        try:
-            if not path.stem.endswith(f"-{_digest(data)[:16]}"):
-                raise ValueError("not the contents it was named for")
-            program = decode(data, name)
-        except Exception:  # whatever a damaged or foreign file makes zipfile, json, torch or the parser raise
-            _remove(path)
-            return None
-        with contextlib.suppress(OSError):  # a folder that can only be read has no order of use
-            os.utime(path)
-        return program
-
-    def _write(self, path: Path, data: bytes) -> None:
-        temporary = None
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(".tmp", "", self.folder)
-            with open(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-            self._prune(path)
-        except OSError as error:
-            if temporary is not None:
-                _remove(Path(temporary))
-            self._warn(error)
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            self._warned = True
-            why = f"captured programs are not kept: {error}; set FXSIGHT_CACHE_DIR to a folder that can be written"
-            warnings.warn(why, FxsightWarning, stacklevel=2)
-
-    def _prune(self, newest: Path) -> None:
-        """Remove what was used least recently, and what interrupted writers left."""
-        total = 0
-        for path in [newest, *(path for path in self._entries("*-*.zip") if path != newest)]:
-            stat = _stat(path)
-            total += 0 if stat is None else stat.st_size
-            if total > self._limit and path != newest:
-                _remove(path)
-        for path in self.folder.glob("*.tmp"):
-            stat = _stat(path)
-            if stat is not None and stat.st_mtime < time.time() - 3600:
-                _remove(path)
-
-
-def cache_folder() -> Path:
-    """``FXSIGHT_CACHE_DIR``, else the platform's folder for caches (``~/.cache/fxsight`` on Linux)."""
-    return Path(os.environ.get("FXSIGHT_CACHE_DIR") or platformdirs.user_cache_dir("fxsight", appauthor=False))
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except OSError:
-        return None
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+        if name is not None and data is not None:
+            self._files.write(name, data)
 
 
 # ------------------------------------------------------------------------------------------------------ one file
@@ -276,7 +196,7 @@ def identity(module: nn.Module, key: Any, versions: Mapping[str, str]) -> str | 
         parts += [_tensors(module), [_part(part, said) for part in module.modules()], _code(module)]
     except (_Local, RecursionError):
         return None
-    return _digest(json.dumps(parts).encode())[:40]
+    return digest(json.dumps(parts).encode())[:40]
 
 
 def library_versions() -> dict[str, str]:
@@ -294,7 +214,7 @@ def library_versions() -> dict[str, str]:
 def _own_code() -> str:
     """Of our own files: an edited checkout has the version it had before."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
-    return _digest(b"".join(file.read_bytes() for file in files))
+    return digest(b"".join(file.read_bytes() for file in files))
 
 
 def _tensors(module: nn.Module) -> list[Any]:
@@ -382,7 +302,7 @@ class _Words:
             case nn.Module():
                 return self._module(value)
             case torch.Tensor():
-                return [_layout(value), _digest(_bytes(value))]
+                return [_layout(value), digest(_bytes(value))]
             case dict():
                 return [self(type(value)), *([self(key), self(member)] for key, member in value.items())]
             case list():
@@ -416,7 +336,7 @@ class _Words:
 
 def _file_hash(file: str) -> str:
     try:
-        return _digest(Path(file).read_bytes())
+        return digest(Path(file).read_bytes())
     except OSError:
         raise _Local(f"no file {file}") from None
 
@@ -432,7 +352,7 @@ def _code_hash(code: types.CodeType) -> str:
     """The same in every process, and wherever the code stands in its file."""
     constants = [_constant(value) for value in code.co_consts]
     parts = (code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars)
-    return _digest(repr(parts).encode())[:16]
+    return digest(repr(parts).encode())[:16]
 
 
 def _constant(value: Any) -> Any:

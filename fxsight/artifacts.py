@@ -1,0 +1,201 @@
+"""Compiled regions by their canonical text: made once, kept in memory and on disk.
+
+    FXSIGHT_CACHE_DIR/compiled, else in the platform's cache folder
+    └── 77aa…-02fe….region      text and environment, contents; a line of JSON, and what Inductor compiled
+
+A file holds for one canonical text in one ``environment``: versions, settings of the compiler, processor. One that is
+damaged, foreign or refused by torch is removed, and the region compiled again. Unlike a captured program a file of
+these is code, as everything in a compiler's cache is: who can write the folder can have it run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxsight import _torch
+from fxsight.canonical import Canonical, read_spec, write_spec
+from fxsight.fakes import Fakes, propagate
+from fxsight.folder import Folder, cache_folder, digest, remove
+from fxsight.spec import Spec, TensorSpec
+from fxsight.store import library_versions
+
+FORMAT = 1
+KEPT = 256  # artifacts in memory
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A compiled region.
+
+    call: of the sizes, then the inputs; returns the results.  results: their specs, in canonical names.
+    """
+
+    call: Callable[..., Sequence[Any]]
+    results: tuple[Spec, ...]
+
+
+class Artifacts:
+    """Compiled regions: those in memory, those in a folder, and new ones.
+
+    folder: None for memory alone.  made, read: how many were compiled here, how many came from disk.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.made = self.read = 0
+        self._files = None if folder is None else Folder(folder, ".region", "compiled regions")
+        self._kept: OrderedDict[str, Artifact] = OrderedDict()
+
+    @staticmethod
+    def on_disk() -> Artifacts:
+        """Those of the cache folder (``folder.cache_folder``)."""
+        return Artifacts(cache_folder() / "compiled")
+
+    def of(self, region: Canonical) -> Artifact:
+        """The artifact of a region: from memory, else from disk, else compiled now.
+
+        Raises: InputError where a size depends on numbers; Untraceable where torch refuses an operator.
+        """
+        key = region.text + _ambient()
+        found = self._kept.get(key) or self._load(region)
+        if found is None:
+            found = self._compile(region)
+        self._kept[key] = found
+        self._kept.move_to_end(key)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return found
+
+    def _compile(self, region: Canonical) -> Artifact:
+        module, example, results = traced(region)
+        if not any(isinstance(spec, TensorSpec) for spec in results):
+            return Artifact(module.forward, results)  # a few sizes: nothing to compile
+        compiled = _torch.compile_graph(module, example)
+        self.made += 1
+        if self._files is not None:
+            self._keep(self._files, region, compiled, results)
+        return Artifact(compiled, results)
+
+    def _keep(self, files: Folder, region: Canonical, compiled: Any, results: Sequence[Spec]) -> None:
+        """Write a file; nothing, without a word, of what torch cannot write."""
+        header = {**_identity(region), "results": [write_spec(spec) for spec in results]}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "compiled"
+                _torch.save_compiled(compiled, str(path))
+                data = path.read_bytes()
+        except (RuntimeError, OSError):
+            return
+        files.write(_name(region), json.dumps(header).encode() + b"\n" + data)
+
+    def _load(self, region: Canonical) -> Artifact | None:
+        for path, data in () if self._files is None else self._files.read(_name(region)):
+            try:
+                found = _decode(data, region)
+            except Exception:  # whatever a foreign file makes json, the parser, torch or a dynamic linker raise
+                remove(path)
+                continue
+            self.read += 1
+            if self._files is not None:
+                self._files.used(path)
+            return found
+        return None
+
+
+def traced(region: Canonical) -> tuple[fx.GraphModule, list[Any], tuple[Spec, ...]]:
+    """What a compiler takes: a graph with fake values, the fake inputs; and the specs of the results.
+
+    Raises: InputError where a size depends on numbers; Untraceable where torch refuses an operator.
+    """
+    module = fx.GraphModule(torch.nn.Module(), _with_methods(region.graph))
+    fakes = Fakes(region.sizes)
+    example = [fakes.of(node.meta["spec"]) for node in region.graph.nodes if node.op == "placeholder"]
+    results = propagate(module, fakes.mode, example)
+    return module, example, tuple(map(fakes.spec, results))
+
+
+def _with_methods(graph: fx.Graph) -> fx.Graph:
+    """A copy in which ``torch.Tensor.mul_(x, 2)`` is ``x.mul_(2)``: torch writes no artifact of the former."""
+    new = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        made[node] = new.node_copy(node, made.__getitem__)
+        made[node].meta = {}
+        owner = getattr(node.target, "__objclass__", None)
+        if owner is not None and issubclass(torch.Tensor, owner) and node.args and isinstance(node.args[0], fx.Node):
+            made[node].op, made[node].target = "call_method", node.target.__name__
+    return new
+
+
+def _decode(data: bytes, region: Canonical) -> Artifact:
+    """The artifact in a file.
+
+    Raises: anything, when it is not one of this region in this environment.
+    """
+    line, _, compiled = data.partition(b"\n")
+    header = json.loads(line)
+    if any(header[key] != value for key, value in _identity(region).items()):
+        raise ValueError("the artifact of another region")
+    results = tuple(map(read_spec, header["results"]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "compiled"
+        path.write_bytes(compiled)
+        return Artifact(_torch.load_compiled(str(path)), results)
+
+
+# ------------------------------------------------------------------------------------------------------ identity
+
+
+def _name(region: Canonical) -> str:
+    return digest(json.dumps(_identity(region)).encode())[:40]
+
+
+def _identity(region: Canonical) -> dict[str, Any]:
+    return {"format": FORMAT, "text": region.text, "environment": environment()}
+
+
+def environment() -> dict[str, str]:
+    """All that decides what a compiler makes of a text: versions, its settings, the devices, torch's settings."""
+    versions = library_versions()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        **{name: versions[name] for name in ("python", "torch", "fxsight")},
+        "settings": _torch.compiler_settings(),
+        "processor": _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "devices": ", ".join([*devices, str(torch.version.cuda)]),
+        "ambient": _ambient(),
+    }
+
+
+def _ambient() -> str:
+    """Torch's own settings that a compiler looks at."""
+    return json.dumps(
+        [
+            torch.get_num_threads(),  # a number in the code that it writes
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.backends.mkldnn.enabled,
+        ]
+    )
+
+
+@functools.cache
+def _processor() -> str:
+    """The processor and what it can do: code is compiled for the machine it is compiled on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    said = [line for line in lines if line.split("\t")[0] in ("model name", "flags", "Features", "CPU part")]
+    return f"{platform.machine()} {digest(''.join(said).encode())[:16]}"
