@@ -4,6 +4,7 @@ The model is captured once with ``torch.export``; edits are recorded as data and
 """
 
 from fxsight.address import Address as Address
+from fxsight.cache import Cache as Cache
 from fxsight.containers import bool as bool
 from fxsight.containers import bytearray as bytearray
 from fxsight.containers import bytes as bytes
@@ -20,6 +21,7 @@ from fxsight.errors import CausalityError as CausalityError
 from fxsight.errors import FxsightError as FxsightError
 from fxsight.errors import FxsightWarning as FxsightWarning
 from fxsight.errors import InputError as InputError
+from fxsight.errors import NotCached as NotCached
 from fxsight.errors import NotExecuted as NotExecuted
 from fxsight.errors import NotSavedError as NotSavedError
 from fxsight.errors import TraceError as TraceError

@@ -7,6 +7,7 @@
     ├── NotExecuted             an address that exists in the source, but that this forward never computes
     ├── CausalityError          a write that depends on its own consequences
     ├── WriteError              a written value of another structure, shape, dtype or device
+    ├── NotCached               what a cache does not have (KeyError, AttributeError, IndexError)
     ├── NotSavedError           a value used after its block without having been saved (ValueError)
     ├── NeedsValueError         a body asks for a number where there is no input to compute it from
     ├── InputError              inputs that a program cannot take
@@ -53,6 +54,12 @@ class CausalityError(FxsightError):
 
 class WriteError(FxsightError, TypeError):
     """A written value whose structure, shape, dtype or device is not that of the location."""
+
+
+class NotCached(FxsightError, KeyError, AttributeError, IndexError):
+    """A module or a call that is not in a cache; the message says why."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message in quotes
 
 
 class NotSavedError(FxsightError, ValueError):

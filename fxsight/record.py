@@ -59,6 +59,11 @@ class Stop:
     what: str
     line: str
 
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"where the forward is stopped ({self.line})"
+
 
 class Recorder:
     """Records one body over one program, for inputs of given sizes.
@@ -126,6 +131,11 @@ class Recorder:
             self._branch.append(cell)
         return value
 
+    def empty(self, node: fx.Node) -> torch.Tensor:
+        """A tensor without data, as the value of a node."""
+        spec: TensorSpec = node.meta["spec"]
+        return torch.empty_strided(spec.numbers, spec.steps, dtype=spec.dtype, device="meta")
+
     # -- locations ---------------------------------------------------------------------------------------------------
 
     def read(self, location: Location) -> Value:
@@ -144,6 +154,10 @@ class Recorder:
         state = self._state(location)
         what, spec = location.address, self._spec(location)
         return self.value(Cell(self, spec, state.node, what, self.line(), handles=[(state, state.version)]))
+
+    def node_at(self, location: Location) -> fx.Node:
+        """The present value at a location, of all rows: its node."""
+        return self._state(location).node
 
     def row_dim(self, location: Location) -> int | None:
         """The dimension of a location that counts the rows of the batch, inside an invoke; None where all share it.
@@ -340,6 +354,11 @@ class Recorder:
         if self._stop is None or time < self._stop.time:
             self._stop = Stop(time, str(cell.what), self.line())
 
+    def why_unreached(self, time: float) -> str:
+        """Why the forward does not come to what is there at a time; empty when it does."""
+        stop = self._stop
+        return "" if stop is None or time <= stop.time else f"comes later than {stop.what}, {stop.where}"
+
     def finish(self) -> None:
         """The block has ended.
 
@@ -349,10 +368,10 @@ class Recorder:
         self.saved = [thaw(value) for value in self.saved]
         self._warn_of_lost_edits(self.asked(()))
 
-    def asked(self, wanted: Iterable[Value]) -> Intervention:
-        """The whole intervention: what was saved, and some values besides."""
+    def asked(self, wanted: Iterable[Value], kept: Sequence[Save] = ()) -> Intervention:
+        """The whole intervention: what was saved, some values besides, and what caches keep."""
         extra = [self.save_of([self.body.node_of(value)]) for value in wanted]
-        return self.intervention((*(self._save(value) for value in self.saved), *extra))
+        return self.intervention((*(self._save(value) for value in self.saved), *extra, *kept))
 
     def results(self, wanted: Iterable[Value]) -> list[Value]:
         """The values that the results of ``asked`` belong to, in order."""
@@ -365,12 +384,12 @@ class Recorder:
         stop = self._stop
         if stop is None or max(self.needed_times(self.body.node_of(leaf)), default=0.0) <= stop.time:
             return True
-        self._unset[leaf.cell] = f"is computed later than {stop.what}, where the forward is stopped ({stop.line})"
+        self._unset[leaf.cell] = f"is computed later than {stop.what}, {stop.where}"
         return False
 
     def _save(self, value: Any) -> Save:
         leaves, tree = flatten(value)
-        return Save(tree, tuple(self.body.node_of(x).name if self._is_result(x) else _plain(x) for x in leaves))
+        return Save(tree, tuple(self.body.node_of(x).name if self._is_result(x) else fixed(x) for x in leaves))
 
     def _warn_of_lost_edits(self, asked: Intervention) -> None:
         """An in-place edit of a copy, or of a result, that nothing uses afterwards."""
@@ -437,7 +456,8 @@ def lost_edit(message: str) -> None:
     warnings.warn_explicit(message, LostEditWarning, file or "<body>", int(line or 0))
 
 
-def _plain(value: Any) -> Fixed:
+def fixed(value: Any) -> Fixed:
+    """A leaf of a save that is not computed."""
     return Fixed(
         value if value is None or isinstance(value, (bool, int, float, str)) else f"<{type(value).__qualname__}>"
     )

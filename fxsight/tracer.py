@@ -7,7 +7,7 @@ the session's end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
@@ -20,17 +20,20 @@ from fxsight.address import Address
 from fxsight.at import At
 from fxsight.become import become
 from fxsight.branch import Branch
+from fxsight.cache import Cache
 from fxsight.captures import Captures
 from fxsight.causality import check_causal, check_edit
 from fxsight.context import enter_trace, here, leave_trace
 from fxsight.errors import NeedsValueError, NotExecuted, TraceError, UnknownAddress
+from fxsight.intervention import Save
 from fxsight.invoke import Batch, Invoker
+from fxsight.keep import Asked, Keeper, paths_of
 from fxsight.lines import user_line
 from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place, Places
 from fxsight.program import Program
 from fxsight.record import Recorder
-from fxsight.rows import Call
+from fxsight.rows import Call, Rows
 from fxsight.run import Executable
 from fxsight.sizes import check_guards
 from fxsight.tree import flatten
@@ -62,7 +65,9 @@ class Tracer:
         self._recorder: Recorder | None = None
         self._walk: Walk | None = None
         self._finished: Finish | None = None
-        self._skipped: list[tuple[Address, object, str]] = []
+        self._skipped: list[tuple[Address, Rows | None, str]] = []
+        self._keepers: list[Keeper] = []
+        self._kept: list[Save] = []
 
     # -- the block ---------------------------------------------------------------------------------------------------
 
@@ -106,7 +111,7 @@ class Tracer:
             return
         walk.settle()
         recorder = self._written
-        recorder.finish()
+        self._finish(recorder)
         session = here().session
         if session is not None:
             recorder.phase = "waiting"
@@ -123,6 +128,10 @@ class Tracer:
         values = walk.values
         for index, place in finish.results:
             become(values[index], results[place])
+
+    def _finish(self, recorder: Recorder) -> None:
+        recorder.finish()
+        self._kept = [keeper.read(recorder, self._why_skipped) for keeper in self._keepers]
 
     def _begin(self) -> None:
         found = self.captures.quick(*self._batch.joined)
@@ -243,6 +252,36 @@ class Tracer:
         """Print values, now; numbers that are needed for it are computed now."""
         if not self.recorder.in_dead_branch:
             print(*values)
+
+    def cache(
+        self,
+        modules: Iterable[Any] | Any = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+    ) -> Cache:
+        """Keep what modules return, as it is after all edits of this block; there when the block ends, without saving.
+
+        It may stand anywhere in the block; inside an invoke it keeps the rows of this invoke.
+        modules: views or paths; None for all that the forward calls.  device, dtype: of the kept tensors (dtype: of
+        the floating-point ones); None for those of the model.  detach: without their history of gradients.
+
+        Raises: UnknownAddress for a path that the model does not have.
+        """
+        root, ports = self.captures.module, (("output", include_output), ("inputs", include_inputs))
+        rows = None if self._recorder is None else self._recorder.rows
+        where = None if device is None else torch.empty(0, device=device).device  # "cuda" is the present "cuda:n"
+        kept = tuple(port for port, wanted in ports if wanted)
+        asked = Asked(paths_of(modules, root), kept, where, dtype, detach, rows)
+        cache = Cache()
+        if self._recorder is not None and self._recorder.in_dead_branch:
+            cache.void("it belongs to a branch whose condition was false")
+        else:
+            self._keepers.append(Keeper(cache, asked, root, self.captures.weight))
+        return cache
 
     def cond(self, condition: Any) -> AbstractContextManager[None]:
         """A block whose edits and saves count only if the condition holds: ``with tracer.cond(h.sum() > 0):``.
@@ -379,9 +418,16 @@ class Tracer:
         self._skipped.append((address, self.recorder.rows, user_line()))
 
     def _check_skipped(self, address: Address) -> None:
+        why = self._why_skipped(address)
+        if why:
+            raise NotExecuted(f"{address.place} {why}")
+
+    def _why_skipped(self, address: Address) -> str:
+        """Why a call does not run for the present rows; empty when it does."""
         for skipped, rows, line in self._skipped:
-            if _inside(address, skipped) and rows == self.recorder.rows:
-                raise NotExecuted(f"{address.place} does not run: {skipped} around it is skipped ({line})")
+            if _inside(address, skipped) and (rows is None or _same(rows, self.recorder.rows)):
+                return f"does not run: {skipped} around it is skipped ({line})"
+        return ""
 
     def save(self, value: Any) -> None:
         """Keep every value of a structure."""
@@ -392,7 +438,7 @@ class Tracer:
     def run(self, wanted: Sequence[Value]) -> None:
         """Compute what was saved, and some values besides; they become plain tensors."""
         recorder, constants = self._written, self._written.constants
-        asked = recorder.asked(wanted)
+        asked = recorder.asked(wanted, self._kept)
         known = [*constants, *self._known.values()]
         shared = self.captures.executable(self._captured, asked, constants, self._tier(), self._use_known())
         self._executable = shared.bound(known, bool(self._known))
@@ -427,6 +473,9 @@ class Tracer:
             pairs.setdefault(id(value), (value, tensor))
         for value, tensor in pairs.values():
             become(value, tensor)
+        computed = iter(results[len(self._results) :])
+        for keeper in self._keepers:
+            keeper.fill(computed)
         constants = self._written.constants
         for number, new in zip(self._updates, results[len(results) - len(self._updates) :], strict=True):
             with torch.no_grad():
@@ -464,6 +513,11 @@ def _inside(address: Address, outer: Address) -> bool:
     return below or (address.module == outer.module and bool(address.steps))
 
 
+def _same(rows: Rows, others: Rows | None) -> bool:
+    """Whether two are the same rows of the batch, which may have grown between."""
+    return others is not None and (rows.start, rows.stop) == (others.start, others.stop)
+
+
 class Stopped(BaseException):
     """Ends one block, a trace's or a session's; never seen outside it."""
 
@@ -479,14 +533,16 @@ class Scan(Tracer):
     """
 
     def _end(self, walk: Walk) -> None:
-        self.recorder.finish()
+        self._finish(self.recorder)
         self.run([])
 
     def run(self, wanted: Sequence[Value]) -> None:
         """Nothing is computed: shapes and dtypes alone."""
         recorder = self.recorder
+        for keeper in self._keepers:
+            keeper.fill(recorder.empty(node) for node in keeper.nodes)
         for value in dict.fromkeys(recorder.results(wanted)):
-            become(value, torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta"))
+            become(value, recorder.empty(recorder.body.node_of(value)))
         recorder.phase = "done"
 
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:

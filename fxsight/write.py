@@ -26,8 +26,11 @@ def present(recorder: Recorder, place: Place, port: str, write: Writer) -> Any:
 
 
 def _leaf(recorder: Recorder, leaf: Leaf, location: Location | None, place: Place) -> Any:
-    if location is not None:
-        return recorder.read(location)
+    return constant(recorder, leaf) if location is None else recorder.read(location)
+
+
+def constant(recorder: Recorder, leaf: Leaf) -> Any:
+    """What a body sees of a leaf that is not a value of the graph."""
     match leaf:
         case Const(value):
             return value
