@@ -272,6 +272,8 @@ class Tracer:
         Raises: UnknownAddress for a path that the model does not have.
         """
         root, ports = self.captures.module, (("output", include_output), ("inputs", include_inputs))
+        if self._walk is not None:
+            self._walk.leave()  # what a cache keeps is not remembered
         rows = None if self._recorder is None else self._recorder.rows
         where = None if device is None else torch.empty(0, device=device).device  # "cuda" is the present "cuda:n"
         kept = tuple(port for port, wanted in ports if wanted)
