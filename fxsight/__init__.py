@@ -15,10 +15,10 @@ from fxsight.errors import TraceError as TraceError
 from fxsight.errors import UnknownAddress as UnknownAddress
 from fxsight.errors import WriteError as WriteError
 from fxsight.model import Model as Model
-from fxsight.model import View as View
 from fxsight.model import save as save
 from fxsight.program import Program as Program
 from fxsight.rewrite import Pass as Pass
 from fxsight.rewrite import Pipeline as Pipeline
+from fxsight.view import View as View
 
 __version__ = "0.1.0"

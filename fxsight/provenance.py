@@ -29,13 +29,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fxsight import _torch
-from fxsight.book import Call, Const, Kind, Leaf, Opaque, Ref, SizeRef, Structure, Weight
+from fxsight.book import LISTS, PARTIAL, Call, Const, Kind, Leaf, Opaque, Ref, SizeRef, Structure, Weight
 from fxsight.source import Kind as SiteKind
 from fxsight.source import Site, Source, SourceReader, Span, site_table
 from fxsight.tree import LEAF, flatten
 
 TAG = "fxsight"  # key of our tag in node.meta["custom"]: [time, call]
 _INNER_CODE = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>", "<lambda>")
+# Code of torch that goes through the parts of a module, and names under which the model's own code can do so.
+_LISTING = frozenset(f.__code__ for f in (nn.Module.named_modules, nn.Module.named_children, nn.Module.state_dict))
+_LISTING_NAMES = frozenset(["_modules", "__dict__", "vars", "dir"])
 _EMPTY = Structure(LEAF, (Const(None),))
 
 
@@ -88,6 +91,7 @@ class Scribe:
         self._last_node: torch.fx.Node | None = None
         self._paths = {id(m): path for path, m in root.named_modules()}
         self._weights: dict[int, str] = {}
+        self.names: set[str] = set()  # see ``Book.names``
         self._own: dict[CodeType, bool] = {}
         self._tables: dict[int, tuple[CodeType, dict[int, tuple[Span, SiteKind]]]] = {}
         self._libraries = Libraries()
@@ -178,7 +182,13 @@ class Scribe:
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
-    def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def call_method(self, name: str, args: Any, kwargs: Any) -> Any:
+        """``root.name(*args, **kwargs)``, written down as the call of the root that the forward otherwise is."""
+        method = getattr(self.root, name)
+        args, kwargs = self._enter_module(self.root, args, kwargs, method)
+        return self._leave_module(self.root, args, method(*args, **kwargs))
+
+    def _enter_module(self, module: nn.Module, args: Any, kwargs: Any, method: Any = None) -> Any:
         with self._not_watching():
             path = self._paths[id(module)]
             site, line = self._site(self._stack[-1] if self._stack else None, inspect.currentframe())
@@ -188,7 +198,7 @@ class Scribe:
                 path,
                 sum(c.kind == "module" and c.module == path for c in self.calls[:-1]),
             )
-            call.code = _body(module)
+            call.code = _body(module.forward if method is None else method)
             call.source = self.reader.of(call.code) if call.code is not None else None
             args, kwargs = _border((args, kwargs))
             call.start = self.tick()
@@ -206,6 +216,8 @@ class Scribe:
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and self._is_own(frame.f_code):
             self._enter_function(frame)
+        elif event == "call" and frame.f_code in _LISTING:
+            self.names.add(LISTS)
         elif event == "return" and frame in self._frames:
             self._leave_function(frame, arg)
 
@@ -254,6 +266,7 @@ class Scribe:
         known = self._own.get(code)
         if known is None:
             known = self._own[code] = self._libraries.is_model_code(code.co_filename)
+            self.names |= _mentioned(code) if known else set()
         return known or any(call.code is code for call in self._stack[-1:])
 
     # -- torch calls -------------------------------------------------------------------------------------------------
@@ -369,10 +382,20 @@ def _border(value: Any) -> Any:
     return value
 
 
-def _body(module: nn.Module) -> CodeType | None:
-    """The code of the module's forward, below its decorators."""
-    forward = inspect.unwrap(module.forward)
-    code = getattr(forward, "__code__", None)
+def _mentioned(code: CodeType) -> set[str]:
+    """What the code of a function mentions: see ``Book.names``."""
+    texts = {value for value in code.co_consts if isinstance(value, str) and 0 < len(value) < 60}
+    found = {*code.co_names, *texts}
+    if not found.isdisjoint(_LISTING_NAMES):
+        found.add(LISTS)
+    if not found.isdisjoint(("getattr", "hasattr", "get_submodule")):
+        found |= {PARTIAL + text for text in texts}
+    return found
+
+
+def _body(forward: Any) -> CodeType | None:
+    """The code of a module's forward, below its decorators."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 

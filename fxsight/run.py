@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from fxsight.node import Fixed
 from fxsight.program import Program
 from fxsight.sizes import bind_sizes
 from fxsight.tree import flatten
-
-Fetch = Callable[[], torch.Tensor]
 
 
 class Executable:
@@ -38,9 +36,7 @@ class Executable:
         self.constants = list(constants)
         self.decided = False
         self.fixed = dict(fixed)
-        self._fetch = [
-            self._fetcher(b.kind, b.key) for b in program.bindings.values() if b.kind in ("weight", "literal")
-        ]
+        self._weights = Weights(module, [str(b.key) for b in program.bindings.values() if b.kind == "weight"])
         self._order = [(b.kind, b.key) for b in program.bindings.values()]
         self._lowered: Lowered | None = eager(program) if tier == "eager" else None
 
@@ -103,17 +99,9 @@ class Executable:
         return keeping(self.program)(*self._arguments(leaves, constants))
 
     def _arguments(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> list[Any]:
-        fetched = iter(self._fetch)
-        return [
-            leaves[key] if kind == "input" else constants[key] if kind == "constant" else next(fetched)()  # type: ignore[index]
-            for kind, key in self._order
-        ]
-
-    def _fetcher(self, kind: str, key: str | int) -> Fetch:
-        if kind == "literal":
-            literal = self.program.literals[str(key)]
-            return lambda: literal
-        return weight_fetcher(self.module, str(key))
+        weights, literals = iter(self._weights()), self.program.literals
+        given = {"input": leaves, "constant": constants, "literal": literals}
+        return [next(weights) if kind == "weight" else given[kind][key] for kind, key in self._order]  # type: ignore[index]
 
     def __str__(self) -> str:
         return self.program.text
@@ -131,11 +119,43 @@ def _own(results: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     return own
 
 
-def weight_fetcher(module: nn.Module, name: str) -> Fetch:
-    """Looks a parameter, buffer or tensor attribute up in the live module, at each call."""
-    path, _, leaf = name.rpartition(".")
-    owner: Any = module.get_submodule(path)
-    for table in (owner._parameters, owner._buffers):
-        if leaf in table:
-            return lambda table=table: table[leaf]  # type: ignore[misc]
-    return lambda: getattr(owner, leaf)
+class Weights:
+    """The parameters, buffers and tensor attributes of a module by name, looked up anew each time.
+
+    So what was moved, replaced, or swapped with the module that holds it is seen.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self._module = module
+        split = [name.rpartition(".") for name in names]
+        owners = {path: number for number, path in enumerate(dict.fromkeys(path for path, _, _ in split))}
+        self._owners = [path.split(".") if path else [] for path in owners]
+        self._leaves = [(owners[path], leaf) for path, _, leaf in split]
+
+    def __call__(self) -> list[torch.Tensor]:
+        """The tensors, in the order of the names.
+
+        Raises: InputError for one that the module has no more.
+        """
+        owners = [self._owner(path) for path in self._owners]
+        return [self._tensor(owners[number], leaf, number) for number, leaf in self._leaves]
+
+    def _owner(self, path: Sequence[str]) -> nn.Module:
+        found = self._module
+        for part in path:
+            below = found._modules.get(part)
+            if below is None:
+                raise InputError(f"the program needs the module {'.'.join(path)!r}, which the model has no more")
+            found = below
+        return found
+
+    def _tensor(self, owner: nn.Module, leaf: str, number: int) -> Any:
+        for table in (owner._parameters, owner._buffers, owner.__dict__):
+            found = table.get(leaf)
+            if found is not None:
+                return found
+        name = ".".join([*self._owners[number], leaf])
+        found = getattr(owner, leaf, None)  # computed: a parametrised weight
+        if found is None:
+            raise InputError(f"the program needs {name!r}, which the model has no more")
+        return found
