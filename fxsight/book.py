@@ -54,7 +54,7 @@ class Opaque:
     type: str
 
 
-LISTS, PARTIAL = "*", "+"
+LISTS, PARTIAL = "lists parts", "part of: "
 Leaf = Ref | Const | Weight | SizeRef | Opaque
 _LEAVES: Mapping[str, type[Any]] = {c.__name__: c for c in (Ref, Const, Weight, SizeRef, Opaque)}
 

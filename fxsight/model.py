@@ -46,16 +46,15 @@ class Model(View):
         views: Views | None = None,
         methods: Iterable[str] = (),
     ) -> None:
-        if not isinstance(module, nn.Module) or isinstance(module, View):
-            raise TypeError(f"Model(...) is for an nn.Module, not a {type(module).__name__}")
+        given: Any = module
+        if not isinstance(given, nn.Module):
+            raise TypeError(f"Model(...) is for an nn.Module, not a {type(given).__name__}")
         super().__init__(None, module, "")
         own = self.__dict__
         own["_options"] = {"cache": cache, "rename": rename or {}, "views": views or {}, "methods": tuple(methods)}
         own["_captures"] = Captures(module, Store() if cache else None)
         own["_paths"], own["_methods"], own["_aliases"] = {}, {}, Aliases()
-        for cls in views.values() if isinstance(views, Mapping) else (views,):
-            if cls is not None and not (isinstance(cls, type) and issubclass(cls, View)):
-                raise TypeError(f"views={{...: {cls!r}}}: give a subclass of fxsight.View")
+        _check_views(views.values() if isinstance(views, Mapping) else (views,))
         for name in self._options["methods"]:
             self.method(name)
         own["_aliases"] = Aliases.of(module, self._options["rename"], self._words)
@@ -123,8 +122,9 @@ class Model(View):
         return found
 
     def _find(self, path: str) -> nn.Module | None:
+        module: nn.Module = self._module
         try:
-            return self._module.get_submodule(path)
+            return module.get_submodule(path)
         except AttributeError:
             return None
 
@@ -168,6 +168,12 @@ class Model(View):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _wrapped, (type(self), self._module, self._options)
+
+
+def _check_views(classes: Iterable[Any]) -> None:
+    for cls in classes:
+        if cls is not None and not (isinstance(cls, type) and issubclass(cls, View)):
+            raise TypeError(f"views: {cls!r} is no subclass of fxsight.View")
 
 
 def _wrapped(cls: type[Model], module: nn.Module, options: Mapping[str, Any]) -> Model:

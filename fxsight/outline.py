@@ -21,6 +21,7 @@ def outline(module: nn.Module, path: str, label: Label, more: More, root: nn.Mod
     """
     if type(module).__repr__ not in (nn.Module.__repr__, nn.ModuleList.__repr__):
         return repr(module)
+    title = str(module._get_name())  # type: ignore[no-untyped-call]
     rows: list[tuple[str, str]] = []
     for name, child in module._modules.items():
         text = "None" if child is None else outline(child, _join(path, name), label, more, root)
@@ -31,11 +32,11 @@ def outline(module: nn.Module, path: str, label: Label, more: More, root: nn.Mod
     extra = [line for line in module.extra_repr().split("\n") if line]
     lines = [*extra, *(_indented(f"({shown}): {text}") for shown, text in rows)]
     if not lines:
-        return f"{module._get_name()}()"
+        return f"{title}()"
     if len(extra) == 1 and not rows:
-        return f"{module._get_name()}({extra[0]})"
+        return f"{title}({extra[0]})"
     inside = "\n  ".join(lines)
-    return f"{module._get_name()}(\n  {inside}\n)"
+    return f"{title}(\n  {inside}\n)"
 
 
 def _folded(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -92,6 +92,7 @@ class Scribe:
         self._paths = {id(m): path for path, m in root.named_modules()}
         self._weights: dict[int, str] = {}
         self.names: set[str] = set()  # see ``Book.names``
+        self._listing: set[CodeType] = set()  # of the model's own: could list the parts of a module it gets
         self._own: dict[CodeType, bool] = {}
         self._tables: dict[int, tuple[CodeType, dict[int, tuple[Span, SiteKind]]]] = {}
         self._libraries = Libraries()
@@ -215,6 +216,8 @@ class Scribe:
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and self._is_own(frame.f_code):
+            if frame.f_code in self._listing and any(isinstance(x, nn.Module) for x in frame.f_locals.values()):
+                self.names.add(LISTS)
             self._enter_function(frame)
         elif event == "call" and frame.f_code in _LISTING:
             self.names.add(LISTS)
@@ -266,7 +269,10 @@ class Scribe:
         known = self._own.get(code)
         if known is None:
             known = self._own[code] = self._libraries.is_model_code(code.co_filename)
-            self.names |= _mentioned(code) if known else set()
+            if known:
+                self.names |= _mentioned(code)
+            if known and not _LISTING_NAMES.isdisjoint(code.co_names):
+                self._listing.add(code)
         return known or any(call.code is code for call in self._stack[-1:])
 
     # -- torch calls -------------------------------------------------------------------------------------------------
@@ -384,10 +390,8 @@ def _border(value: Any) -> Any:
 
 def _mentioned(code: CodeType) -> set[str]:
     """What the code of a function mentions: see ``Book.names``."""
-    texts = {value for value in code.co_consts if isinstance(value, str) and 0 < len(value) < 60}
+    texts = {value for value in code.co_consts if isinstance(value, str) and re.fullmatch(r"[\w.]{1,60}", value)}
     found = {*code.co_names, *texts}
-    if not found.isdisjoint(_LISTING_NAMES):
-        found.add(LISTS)
     if not found.isdisjoint(("getattr", "hasattr", "get_submodule")):
         found |= {PARTIAL + text for text in texts}
     return found

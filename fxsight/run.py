@@ -138,7 +138,10 @@ class Weights:
         Raises: InputError for one that the module has no more.
         """
         owners = [self._owner(path) for path in self._owners]
-        return [self._tensor(owners[number], leaf, number) for number, leaf in self._leaves]
+        tables = [owner._parameters for owner in owners]
+        found = [tables[number].get(leaf) for number, leaf in self._leaves]
+        rows = zip(found, self._leaves, strict=True)
+        return [self._other(owners[n], leaf, n) if tensor is None else tensor for tensor, (n, leaf) in rows]
 
     def _owner(self, path: Sequence[str]) -> nn.Module:
         found = self._module
@@ -149,13 +152,11 @@ class Weights:
             found = below
         return found
 
-    def _tensor(self, owner: nn.Module, leaf: str, number: int) -> Any:
-        for table in (owner._parameters, owner._buffers, owner.__dict__):
-            found = table.get(leaf)
-            if found is not None:
-                return found
-        name = ".".join([*self._owners[number], leaf])
-        found = getattr(owner, leaf, None)  # computed: a parametrised weight
+    def _other(self, owner: nn.Module, leaf: str, number: int) -> Any:
+        """A buffer, or an attribute: plain, or computed as a parametrised weight is."""
+        found = owner._buffers.get(leaf)
+        found = getattr(owner, leaf, None) if found is None else found
         if found is None:
+            name = ".".join([*self._owners[number], leaf])
             raise InputError(f"the program needs {name!r}, which the model has no more")
         return found

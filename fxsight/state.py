@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def settings(module: nn.Module, without: Collection[nn.Module] = ()) -> tuple[Any, ...]:
