@@ -26,6 +26,7 @@ class Method:
     def __init__(self, model: Model, name: str, declared: bool) -> None:
         self._model, self._name, self._declared = model, name, declared
         self._called = model._called_by(name)
+        self.__doc__ = self.__wrapped__.__doc__
 
     @property
     def __wrapped__(self) -> Any:

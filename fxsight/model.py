@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fxsight.captures import Captures
-from fxsight.errors import RenameError, TraceError
+from fxsight.errors import RenameError, TraceError, nearest
 from fxsight.methods import Method
 from fxsight.rename import Aliases, Rename
 from fxsight.store import Store
@@ -97,7 +97,9 @@ class Model(View):
         if name not in self._methods:
             found = getattr(self._module, name, None)
             if not isinstance(found, types.MethodType):
-                raise AttributeError(f"{type(self._module).__name__} has no method {name!r}")
+                hint = nearest(name, [n for n in dir(type(self._module)) if not hasattr(nn.Module, n)])
+                text = f"{type(self._module).__name__} has no method {name!r}"
+                raise AttributeError(f"{text}; {hint}" if hint else text)
             self._methods[name] = Method(self, name, name in self._options["methods"])
         return self._methods[name]  # type: ignore[no-any-return]
 

@@ -89,10 +89,11 @@ class Scribe:
         self._stack: list[OpenCall] = []
         self._frames: dict[FrameType, OpenCall] = {}
         self._last_node: torch.fx.Node | None = None
-        self._paths = {id(m): path for path, m in root.named_modules()}
+        # By the attributes: export calls a module with several names through stand-ins that share them.
+        self._paths = {id(vars(m)): path for path, m in root.named_modules()}
         self._weights: dict[int, str] = {}
         self.names: set[str] = set()  # see ``Book.names``
-        self._listing: set[CodeType] = set()  # of the model's own: could list the parts of a module it gets
+        self._listing: dict[CodeType, bool] = {}  # whether code of the model's could list the parts of a module
         self._own: dict[CodeType, bool] = {}
         self._tables: dict[int, tuple[CodeType, dict[int, tuple[Span, SiteKind]]]] = {}
         self._libraries = Libraries()
@@ -191,7 +192,7 @@ class Scribe:
 
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any, method: Any = None) -> Any:
         with self._not_watching():
-            path = self._paths[id(module)]
+            path = self._paths[id(vars(module))]
             site, line = self._site(self._stack[-1] if self._stack else None, inspect.currentframe())
             name = site.name if site is not None else path.rpartition(".")[2] or "root"
             call = self._begin("module", type(module).__name__, name, line)
@@ -209,20 +210,28 @@ class Scribe:
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> Any:
         with self._not_watching():
             output = _border(output)
-            self._end(next(c for c in reversed(self._stack) if c.module == self._paths[id(module)]), output)
+            self._end(next(c for c in reversed(self._stack) if c.module == self._paths[id(vars(module))]), output)
             return output
 
     # -- Python functions --------------------------------------------------------------------------------------------
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and self._is_own(frame.f_code):
-            if frame.f_code in self._listing and any(isinstance(x, nn.Module) for x in frame.f_locals.values()):
-                self.names.add(LISTS)
+            self._note_names(frame)
             self._enter_function(frame)
         elif event == "call" and frame.f_code in _LISTING:
             self.names.add(LISTS)
         elif event == "return" and frame in self._frames:
             self._leave_function(frame, arg)
+
+    def _note_names(self, frame: FrameType) -> None:
+        """Write down what the code mentions, and whether it can go through the parts of a module that it was given."""
+        listing = self._listing.get(frame.f_code)
+        if listing is None:
+            listing = self._listing[frame.f_code] = not _LISTING_NAMES.isdisjoint(frame.f_code.co_names)
+            self.names |= _mentioned(frame.f_code)
+        if listing and any(isinstance(value, nn.Module) for value in frame.f_locals.values()):
+            self.names.add(LISTS)
 
     def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
         """Write down which places of a source are reached: those of every instruction in the model's own frames."""
@@ -269,10 +278,6 @@ class Scribe:
         known = self._own.get(code)
         if known is None:
             known = self._own[code] = self._libraries.is_model_code(code.co_filename)
-            if known:
-                self.names |= _mentioned(code)
-            if known and not _LISTING_NAMES.isdisjoint(code.co_names):
-                self._listing.add(code)
         return known or any(call.code is code for call in self._stack[-1:])
 
     # -- torch calls -------------------------------------------------------------------------------------------------
