@@ -7,13 +7,10 @@ block is asked for by name, or by declaring the method: with ``Model(net, method
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxsight.address import Address
 from fxsight.ops import Operations
-
-if TYPE_CHECKING:
-    from fxsight.model import Model
 
 
 class Method:
@@ -21,11 +18,12 @@ class Method:
 
     In its block, the model's own values (``model.output``, ``tracer.result``) are those of the method; the operations
     of its source are ``model.encode.ops``.
+
+    called: the same model, traced by calling the method.  declared: whether a call is a block.
     """
 
-    def __init__(self, model: Model, name: str, declared: bool) -> None:
-        self._model, self._name, self._declared = model, name, declared
-        self._called = model._called_by(name)
+    def __init__(self, model: Any, called: Any, name: str, declared: bool) -> None:
+        self._model, self._called, self._name, self._declared = model, called, name, declared
         self.__doc__ = self.__wrapped__.__doc__
 
     @property

@@ -100,7 +100,7 @@ class Model(View):
                 hint = nearest(name, [n for n in dir(type(self._module)) if not hasattr(nn.Module, n)])
                 text = f"{type(self._module).__name__} has no method {name!r}"
                 raise AttributeError(f"{text}; {hint}" if hint else text)
-            self._methods[name] = Method(self, name, name in self._options["methods"])
+            self._methods[name] = Method(self, self._called_by(name), name, name in self._options["methods"])
         return self._methods[name]  # type: ignore[no-any-return]
 
     def _called_by(self, method: str) -> Model:

@@ -23,7 +23,8 @@ def outline(module: nn.Module, path: str, label: Label, more: More, root: nn.Mod
         return repr(module)
     title = str(module._get_name())  # type: ignore[no-untyped-call]
     rows: list[tuple[str, str]] = []
-    for name, child in module._modules.items():
+    children: dict[str, nn.Module | None] = vars(module)["_modules"]
+    for name, child in children.items():
         text = "None" if child is None else outline(child, _join(path, name), label, more, root)
         rows.append((label(path, module, name), text))
     rows += [(shown, outline(root.get_submodule(target), target, label, more, root)) for shown, target in more(path)]

@@ -104,7 +104,7 @@ def _put(table: dict[str, str], alias: str, target: str, owner: str, module: nn.
     if alias in words(owner, module):
         raise RenameError(f"rename: {alias!r}, for {target!r} of {place}, is a word that every view has")
     if hasattr(module, alias):
-        kind = "a module" if alias in module._modules else "an attribute"
+        kind = "a module" if alias in dict(module.named_children()) else "an attribute"
         raise RenameError(f"rename: {alias!r}, for {target!r} of {place}, is {kind} of it already")
     table[alias] = target
 

@@ -143,8 +143,8 @@ class Weights:
         rows = zip(found, self._leaves, strict=True)
         return [self._other(owners[n], leaf, n) if tensor is None else tensor for tensor, (n, leaf) in rows]
 
-    def _owner(self, path: Sequence[str]) -> nn.Module:
-        found = self._module
+    def _owner(self, path: Sequence[str]) -> Any:
+        found: Any = self._module
         for part in path:
             below = found._modules.get(part)
             if below is None:
@@ -152,7 +152,7 @@ class Weights:
             found = below
         return found
 
-    def _other(self, owner: nn.Module, leaf: str, number: int) -> Any:
+    def _other(self, owner: Any, leaf: str, number: int) -> Any:
         """A buffer, or an attribute: plain, or computed as a parametrised weight is."""
         found = owner._buffers.get(leaf)
         found = getattr(owner, leaf, None) if found is None else found

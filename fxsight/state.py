@@ -21,7 +21,7 @@ def settings(module: nn.Module, without: Collection[nn.Module] = ()) -> tuple[An
     skipped = {id(part) for part in without}
     seen: set[int] = set()
     found: list[tuple[Any, ...]] = []
-    waiting = [module]
+    waiting: list[Any] = [module]
     while waiting:
         part = waiting.pop()
         if id(part) in seen:

@@ -90,7 +90,7 @@ class View:
             return self._module(*args, **kwargs)
         return self._root._captures.attached_calls.call(trace, self._path, self._module, args, kwargs)
 
-    def _is_called(self, trace: Tracer) -> bool:
+    def _is_called(self, trace: Any) -> bool:
         """Whether the forward that is traced calls the module."""
         return (self._path, 0) in trace._captured.book.modules
 

@@ -24,22 +24,22 @@ class Auto(nn.Module):
         self.dec = nn.Linear(8, 4)
         self.gain = 2.0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.decode(self.encode(x))
 
-    def encode(self, x: torch.Tensor, *, shift: float = 0.0) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, *, shift: float = 0.0) -> Any:
         hidden = self.enc(x) + shift
         codes = torch.relu(hidden)
         return codes * self.gain
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor) -> Any:
         return self.dec(codes)
 
-    def score(self, x: torch.Tensor) -> torch.Tensor:
+    def score(self, x: torch.Tensor) -> Any:
         """How well it is rebuilt."""
         return (self(x) - x).pow(2).mean(-1)
 
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
+    def branch(self, x: torch.Tensor) -> Any:
         return x if x.sum() > 0 else self.enc(x)
 
 

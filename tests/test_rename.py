@@ -18,7 +18,7 @@ class Mlp(nn.Module):
         self.up = nn.Linear(4, 8)
         self.down = nn.Linear(8, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.down(torch.relu(self.up(x)))
 
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(4)
         self.mlp = Mlp()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return x + self.mlp(self.norm(x))
 
 
@@ -38,7 +38,7 @@ class Body(nn.Module):
         self.h = nn.ModuleList([Block(), Block()])
         self.norm = nn.LayerNorm(4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         for block in self.h:
             x = block(x)
         return self.norm(x)
@@ -52,7 +52,7 @@ class Net(nn.Module):
         self.head = nn.Linear(4, 2)
         self.size = 4
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.head(self.transformer(x))
 
 
@@ -104,7 +104,7 @@ def test_values_and_addresses_through_aliases() -> None:
         two = model.get("model.h.1.ff:output").save()
         three = model.get("layers.1.ff/torch_relu_0:output").save()
         four = model["layers.1.ff"].output.save()
-    handle = net.transformer.h[0].mlp.register_forward_hook(lambda m, a, o: o * 0)  # type: ignore[union-attr, operator]
+    handle = net.transformer.h[0].mlp.register_forward_hook(lambda m, a, o: o * 0)  # type: ignore[union-attr]
     seen: list[torch.Tensor] = []
     mlp: Any = net.transformer.h[1].mlp
     mlp.register_forward_hook(lambda m, a, o: seen.append(o))

@@ -23,7 +23,7 @@ class Block(nn.Module):
         self.up = nn.Linear(4, 8)
         self.down = nn.Linear(8, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return x + self.down(torch.relu(self.up(x)))
 
 
@@ -39,7 +39,7 @@ class Net(nn.Module):
         self.nothing: nn.Module | None
         self.register_module("nothing", None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         for layer in self.layers:
             x = layer(x)
         x = self.tail(x + self.offsets[0])
@@ -60,14 +60,14 @@ class Crowded(nn.Module):
         self.skip = nn.Linear(4, 4)
         self.source = nn.Linear(4, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         for part in (self.input, self.ops, self.get, self.path, self.skip, self.source):
             x = part(x)
         return self.output(x)
 
 
 class Branch(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return x + 1 if x.sum() > 0 else x - 1
 
 
@@ -162,7 +162,7 @@ def test_a_shared_module_has_its_first_path() -> None:
             super().__init__()
             self.a = self.b = nn.Linear(2, 2)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.b(x)
 
     net = Tied()
