@@ -40,7 +40,7 @@ from fxsight.errors import FxsightError, FxsightWarning
 from fxsight.parse import parse_program
 from fxsight.program import Program
 
-FORMAT = 2
+FORMAT = 1
 LIMIT = 1 << 30  # bytes in the folder; beyond, what was used least recently is removed
 _LARGEST = 1 << 26  # bytes of one literal, or of a tensor that is told apart by its contents
 _TORCH = os.path.dirname(torch.__file__) + os.sep
