@@ -28,7 +28,6 @@ from fxsight.errors import TraceError as TraceError
 from fxsight.errors import UnknownAddress as UnknownAddress
 from fxsight.errors import WriteError as WriteError
 from fxsight.model import Model as Model
-from fxsight.model import View as View
 from fxsight.model import apply as apply
 from fxsight.model import save as save
 from fxsight.model import session as session
@@ -36,5 +35,6 @@ from fxsight.program import Program as Program
 from fxsight.rewrite import Pass as Pass
 from fxsight.rewrite import Pipeline as Pipeline
 from fxsight.session import Session as Session
+from fxsight.view import View as View
 
 __version__ = "0.1.0"

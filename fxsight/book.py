@@ -54,6 +54,7 @@ class Opaque:
     type: str
 
 
+LISTS, PARTIAL = "lists parts", "part of: "
 Leaf = Ref | Const | Weight | SizeRef | Opaque
 _LEAVES: Mapping[str, type[Any]] = {c.__name__: c for c in (Ref, Const, Weight, SizeRef, Opaque)}
 
@@ -123,9 +124,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Book:
-    """All calls of one forward, in order of their start."""
+    """All calls of one forward, in order of their start.
+
+    names: what the code that ran mentions: names and short texts, ``LISTS`` if it lists the parts of a module, and
+    ``PARTIAL`` + text where a name may be put together; None when that is not known.
+    """
 
     calls: tuple[Call, ...] = field(default=())
+    names: frozenset[str] | None = None
 
     @cached_property
     def modules(self) -> Mapping[tuple[str, int], Call]:
@@ -171,6 +177,15 @@ class Book:
         yield call
         for child in self.children(call):
             yield from self.within(child)
+
+    def may_see(self, parent: Any, name: str) -> bool:
+        """Whether the forward could have done something else if ``parent`` had (or had not) a child ``name``.
+
+        parent: asked whether it is a container, which gives its children away by being iterated; None: it is none.
+        """
+        if self.names is None or LISTS in self.names or name in self.names or hasattr(type(parent), "__iter__"):
+            return True
+        return any(n.startswith(PARTIAL) and n.removeprefix(PARTIAL) in name for n in self.names)
 
     def extended(self, calls: tuple[Call, ...], replaced: Mapping[int, Call] = {}) -> Book:
         """With more calls, and some replaced (by id)."""

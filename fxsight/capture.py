@@ -59,10 +59,12 @@ def capture_all(
     kwargs: Mapping[str, Any],
     reader: SourceReader | None = None,
     on_tick: OnTick = None,
+    method: str = "forward",
 ) -> list[Program]:
     """One program, or several when the first excludes these very inputs: the last holds for them.
 
     A model whose code asks whether the batch is one gets a program for one and another for more.
+    method: what is called; its program stands where that of the forward does, at the root's address.
 
     Raises: CaptureError.
     """
@@ -70,7 +72,7 @@ def capture_all(
     made: list[Program] = []
     failure = _hidden(module)
     for plan in [] if failure else _plans(module, [x for x in leaves if isinstance(x, torch.Tensor)]):
-        flat = _Flat(module, inputs, leaves, Scribe(module, reader or SourceReader(), on_tick))
+        flat = _Flat(module, inputs, leaves, Scribe(module, reader or SourceReader(), on_tick), method)
         program = _attempt(flat, plan)
         if isinstance(program, Program):
             made.append(program)
@@ -83,7 +85,7 @@ def capture_all(
             break  # whatever the sizes
     assert failure is not None, "there is always a plan"
     # The last plan is the inputs as they are: its error has their sizes in it.
-    raise capture_error(module, failure) from (None if isinstance(failure, Refused) else failure)
+    raise capture_error(_title(module, method), failure) from (None if isinstance(failure, Refused) else failure)
 
 
 def _hidden(module: nn.Module) -> Exception | None:
@@ -171,10 +173,10 @@ def _transformers_patches(module: nn.Module) -> Generator[None]:
 class _Flat(nn.Module):
     """The module as a function of its tensor leaves alone, watched by a scribe."""
 
-    def __init__(self, module: nn.Module, inputs: Tree, leaves: Sequence[Any], scribe: Scribe) -> None:
+    def __init__(self, module: nn.Module, inputs: Tree, leaves: Sequence[Any], scribe: Scribe, method: str) -> None:
         super().__init__()
         self.module = module
-        self.inputs, self.leaves, self.scribe = inputs, leaves, scribe
+        self.inputs, self.leaves, self.scribe, self.method = inputs, leaves, scribe, method
         # What the call returned is kept in the scribe: export takes back what a module keeps while it traces.
         self.train(module.training)
 
@@ -189,7 +191,10 @@ class _Flat(nn.Module):
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         try:
             with self.scribe.watching():
-                output = self.module(*args, **kwargs)
+                is_forward = self.method == "forward"
+                output = (
+                    self.module(*args, **kwargs) if is_forward else self.scribe.call_method(self.method, args, kwargs)
+                )
             self._write_back(buffers)
         except Exception as error:
             raise _Stopped(error) from error
@@ -262,7 +267,7 @@ class _Builder:
         self.graph.eliminate_dead_code(lambda node: not _is_dead(node))
         inputs = tuple(self._input_leaves())
         return Program(
-            type(self.module).__name__,
+            _title(self.module, self.flat.method),
             self.graph,
             self.flat.inputs,
             inputs,
@@ -270,7 +275,7 @@ class _Builder:
             self.flat.scribe.returned[1],
             tuple(self._sizes()),
             tuple(self._guards()),
-            Book(tuple(self._call(c.close()) for c in self.flat.scribe.calls)),
+            Book(tuple(self._call(c.close()) for c in self.flat.scribe.calls), frozenset(self.flat.scribe.names)),
             self.literals,
         )
 
@@ -278,7 +283,7 @@ class _Builder:
 
     def _placeholders(self, graph: fx.Graph) -> Iterator[tuple[fx.Node, Binding, str]]:
         nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-        paths = ["_".join(map(str, _argument_path(self.module, p))) for p in self.flat.inputs.paths()]
+        paths = ["_".join(map(str, _argument_path(self.flat, p))) for p in self.flat.inputs.paths()]
         tensors = [i for i, leaf in enumerate(self.flat.leaves) if isinstance(leaf, torch.Tensor)]
         inputs = iter(tensors)
         for spec in self.exported.graph_signature.input_specs:
@@ -465,18 +470,22 @@ def _has(module: nn.Module, path: str) -> bool:
     return isinstance(found, torch.Tensor)
 
 
-def _argument_path(module: nn.Module, path: tuple[Any, ...]) -> tuple[Any, ...]:
+def _title(module: nn.Module, method: str) -> str:
+    return type(module).__name__ if method == "forward" else f"{type(module).__name__}.{method}"
+
+
+def _argument_path(flat: _Flat, path: tuple[Any, ...]) -> tuple[Any, ...]:
     """A readable name for one input leaf: the parameter's name, then keys."""
     place, *rest = path if path else (0, 0)
     if place == 0:
-        names = _parameter_names(module)
+        names = _parameter_names(getattr(flat.module, flat.method))
         return (names[rest[0]] if rest[0] < len(names) else f"argument_{rest[0]}", *rest[1:])
     return tuple(str(r).replace(".", "_") for r in rest)
 
 
-def _parameter_names(module: nn.Module) -> list[str]:
+def _parameter_names(function: Any) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds]
 
 
 def _first_line(nodes: Iterable[fx.Node]) -> fx.Node | None:

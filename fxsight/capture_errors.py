@@ -10,7 +10,7 @@ import re
 import traceback
 from collections.abc import Iterable
 
-from torch import fx, nn
+from torch import fx
 
 from fxsight import _torch
 from fxsight.errors import CaptureError
@@ -49,11 +49,11 @@ class Refused(Exception):
         self.cause, self.fix, self.node = cause, fix, node
 
 
-def capture_error(module: nn.Module, error: Exception) -> CaptureError:
-    """What to tell the user whose module could not be captured because of ``error``."""
+def capture_error(title: str, error: Exception) -> CaptureError:
+    """What to tell the user whose module (or its method: ``Net.encode``) could not be captured because of ``error``."""
     cause, fix = _explain(error)
     place = _place(_lines(error))
-    message = f"{type(module).__name__} cannot be captured as one graph: {cause}"
+    message = f"{title} cannot be captured as one graph: {cause}"
     return CaptureError(f"{message}\n  at {place}\n  {fix}" if place else f"{message}\n  {fix}")
 
 

@@ -1,22 +1,25 @@
 """The programs of one module: captured once per signature, kept in memory and on disk, and what was compiled of them.
 
-A signature is everything but sizes that can change what a forward does: the structure of the inputs, what is not a
-tensor in them, dtypes and devices, the module's own settings, autocast. Within one signature programs are told apart by
-the sizes they hold for.
+A signature is everything but sizes that can change what a call does: the method, the structure of the inputs, what is
+not a tensor in them, dtypes and devices, the module's own settings, autocast. Within one signature programs are told
+apart by the sizes they hold for.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from fxsight.address import Address
 from fxsight.artifacts import Artifacts
+from fxsight.attached import AttachedCalls
 from fxsight.capture import capture_all
 from fxsight.context import open_trace
 from fxsight.errors import InputError
@@ -28,12 +31,12 @@ from fxsight.pipeline import demand_pipeline, pipeline_for
 from fxsight.place import Places
 from fxsight.program import Program
 from fxsight.progress import Progress
-from fxsight.run import Executable, weight_fetcher
+from fxsight.run import Executable, Weights
 from fxsight.sizes import bind_sizes
 from fxsight.source import SourceReader
 from fxsight.state import settings
 from fxsight.store import Store
-from fxsight.tree import flatten
+from fxsight.tree import Tree, flatten
 from fxsight.walk import Step
 from fxsight.watch import Watch, kinds
 
@@ -54,16 +57,26 @@ class Found:
         return self.roots.setdefault((line, tier), Step())
 
 
+@dataclass
+class Now:
+    """What all methods of a model share: how many captures were made here."""
+
+    made: int = 0
+
+
 class Captures:
-    """All programs of one module, and the trace that is open on it."""
+    """All programs of one module, called by one of its methods, and the trace that is open on it."""
 
     def __init__(self, module: nn.Module, store: Store | None, artifacts: Artifacts | None = None) -> None:
         self.module = module
+        self.method = "forward"
         self.reader = SourceReader()
-        self.made = 0  # captures made here, neither found in memory nor on disk
         self.latest: Program | None = None  # the program asked for last: what browsing outside a trace shows
         self.artifacts = artifacts or Artifacts()  # compiled regions, for all programs of the module
+        self.attached_calls = AttachedCalls()
+        self.shared = Now()
         self._store = store
+        self._unseen: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # attached, unknown to every program
         self._programs: dict[Any, list[Program]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._places: dict[int, Places] = {}
@@ -71,10 +84,21 @@ class Captures:
         self._found: dict[Any, Found] = {}
         self._opened: dict[tuple[int, Address], tuple[Program, Program]] = {}
 
+    def of(self, method: str) -> Captures:
+        """Those of another method of the module; kept in the same tables, under other keys."""
+        other = copy.copy(self)
+        other.method, other.latest, other._found = method, None, {}
+        return other
+
     @property
     def open(self) -> Any:
-        """The trace on this model whose block is being written; None outside."""
-        return open_trace(self)
+        """The trace whose block is being written, by whatever method; or None."""
+        return open_trace(self.shared)
+
+    @property
+    def made(self) -> int:
+        """Captures made here, found neither in memory nor on disk."""
+        return self.shared.made
 
     # -- programs ----------------------------------------------------------------------------------------------------
 
@@ -84,7 +108,7 @@ class Captures:
         Raises: CaptureError; TraceError for inputs that are values of another trace.
         """
         leaves, tree = flatten((args, dict(kwargs)))
-        key = (tree, tuple(map(_signature, leaves)), settings(self.module), _ambient())
+        key = self._key(tree, leaves)
         known = self._programs.setdefault(key, [])
         for program in known:
             try:
@@ -94,9 +118,30 @@ class Captures:
             self.latest = program
             return program, sizes
         loaded = self._load(key, leaves)
-        known += [loaded] if loaded is not None else self._capture(key, args, kwargs)
+        found = [loaded] if loaded is not None else self._capture(key, args, kwargs)
+        if self._shows_unseen(found):
+            known = self._programs.setdefault(self._key(tree, leaves), [])
+        known += found
         self.latest = known[-1]
         return self.latest, bind_sizes(self.latest, leaves)
+
+    def _key(self, tree: Tree, leaves: Sequence[Any]) -> Any:
+        """All that can change what the call does, but sizes."""
+        return (tree, tuple(map(_signature, leaves)), settings(self.module, self._unseen), _ambient(self.method))
+
+    def attach(self, parent: nn.Module, name: str, before: nn.Module | None) -> None:
+        """A module has become a child: programs that cannot know of it stay.  before: the child it replaces."""
+        programs = [program for known in self._programs.values() for program in known]
+        is_new = before is None or before in self._unseen
+        if programs and is_new and not any(program.book.may_see(parent, name) for program in programs):
+            self._unseen[parent._modules[name]] = name  # type: ignore[index]
+
+    def _shows_unseen(self, programs: Sequence[Program]) -> bool:
+        """Whether new programs know of attached modules that the earlier ones did not; if so these count from now."""
+        shown = [m for m, name in self._unseen.items() if any(p.book.may_see(None, name) for p in programs)]
+        for module in shown:
+            del self._unseen[module]
+        return bool(shown)
 
     def _load(self, key: Any, leaves: Sequence[Any]) -> Program | None:
         if self._store is None:
@@ -111,8 +156,8 @@ class Captures:
 
     def _capture(self, key: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Program]:
         with Progress(f"capturing {type(self.module).__name__}") as progress:
-            programs = capture_all(self.module, args, kwargs, self.reader, progress)
-        self.made += 1
+            programs = capture_all(self.module, args, kwargs, self.reader, progress, self.method)
+        self.shared.made += 1
         for program in programs if self._store is not None else ():
             self._store.keep(self.module, key, program)  # type: ignore[union-attr]
         return programs
@@ -195,7 +240,7 @@ class Captures:
 
     def weight(self, name: str) -> torch.Tensor:
         """A parameter or buffer of the module by name."""
-        return weight_fetcher(self.module, name)()
+        return Weights(self.module, [name])()[0]
 
     def weight_names(self) -> Mapping[int, str]:
         """Names of the module's parameters and buffers by ``id``."""
@@ -210,6 +255,7 @@ def _signature(leaf: Any) -> Any:
     return (type(leaf).__name__, id(leaf))
 
 
-def _ambient() -> tuple[Any, ...]:
-    """What around a call changes what it does."""
-    return tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+def _ambient(method: str) -> tuple[Any, ...]:
+    """What beside inputs and module changes what a call does."""
+    casts = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+    return casts if method == "forward" else (("method", method), *casts)

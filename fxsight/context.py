@@ -29,9 +29,9 @@ def here() -> Here:
 
 
 def open_trace(model: object) -> Any:
-    """The open trace of a model (told by its captures); None outside."""
+    """The open trace of a model (told by what its captures share); None outside."""
     for trace in _HERE.get().traces:
-        if trace.captures is model:
+        if trace.captures.shared is model:
             return trace
     return None
 
@@ -42,7 +42,7 @@ def enter_trace(trace: Any) -> None:
     Raises: TraceError inside another block on the same model.
     """
     now = _HERE.get()
-    if now.traces and any(other.captures is trace.captures for other in now.traces):
+    if now.traces and any(other.captures.shared is trace.captures.shared for other in now.traces):
         raise TraceError("a trace inside a trace of the same model: end the first block, or use model.session()")
     _HERE.set(Here((*now.traces, trace), now.session))
 

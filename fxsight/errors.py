@@ -11,6 +11,7 @@
     ├── NotSavedError           a value used after its block without having been saved (ValueError)
     ├── NeedsValueError         a body asks for a number where there is no input to compute it from
     ├── InputError              inputs that a program cannot take
+    ├── RenameError             an alias for modules that cannot be given (ValueError)
     ├── TraceError              a trace used where it cannot be used
     ├── ProgramError            a program that breaks one of the rules of ``verify``
     └── TextError               text that is not a program
@@ -72,6 +73,10 @@ class NeedsValueError(FxsightError):
 
 class InputError(FxsightError, ValueError):
     """Inputs whose structure, sizes or dtypes the program cannot take."""
+
+
+class RenameError(FxsightError, ValueError):
+    """An alias that cannot be given: its key names no module, or its name is taken."""
 
 
 class TraceError(FxsightError, ValueError):

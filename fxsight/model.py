@@ -1,215 +1,25 @@
-"""What users hold: ``Model`` around any ``nn.Module``, and a ``View`` of each of its parts."""
+"""What users hold: ``Model`` around any ``nn.Module``; a ``View`` of each of its parts hangs below it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from fxsight.address import Address
 from fxsight.artifacts import Artifacts
 from fxsight.captures import Captures
 from fxsight.containers import Saved
-from fxsight.context import open_trace
-from fxsight.errors import TraceError
+from fxsight.errors import RenameError, TraceError, nearest
+from fxsight.methods import Method
+from fxsight.rename import Aliases, Rename
 from fxsight.session import Session
 from fxsight.store import Store
 from fxsight.tracer import BACKENDS, Scan, Tracer
+from fxsight.view import View, words
 
-
-class View:
-    """One module of a model: its children by name, its values inside a trace, its operations anywhere.
-
-    ``.output``, ``.input`` (first argument) and ``.inputs`` (``(args, kwargs)``) are read and written inside
-    ``with model.trace(...)``; ``.ops`` (= ``.source``) browses the operations of its forward.
-    """
-
-    def __init__(self, root: Model | None, module: nn.Module, path: str, call: int = 0) -> None:
-        own = self.__dict__
-        own["_root"], own["_module"], own["_path"], own["_call"] = root or self, module, path, call
-        own["_views"], own["_address"] = {}, Address(path, call)
-
-    # -- values ------------------------------------------------------------------------------------------------------
-
-    @property
-    def output(self) -> Any:
-        """What the module returns: a value, or a structure of values."""
-        return self._read("output")
-
-    @output.setter
-    def output(self, value: Any) -> None:
-        self._write("output", value)
-
-    @property
-    def input(self) -> Any:
-        """The module's first argument."""
-        return self._read("input")
-
-    @input.setter
-    def input(self, value: Any) -> None:
-        self._write("input", value)
-
-    @property
-    def inputs(self) -> Any:
-        """All arguments: ``(args, kwargs)``."""
-        return self._read("inputs")
-
-    @inputs.setter
-    def inputs(self, value: Any) -> None:
-        self._write("inputs", value)
-
-    def _read(self, port: str) -> Any:
-        trace = open_trace(self._root._captures) or self._open(port)
-        return trace.read(self._address, port)
-
-    def _write(self, port: str, value: Any) -> None:
-        trace = self._open(port)
-        trace.write(self.address, port, value)
-
-    def _open(self, port: str) -> Tracer:
-        trace: Tracer | None = self._root._captures.open
-        if trace is None:
-            raise TraceError(f"{self.address}:{port} has a value only inside a trace: with model.trace(...):")
-        return trace
-
-    # -- the tree ----------------------------------------------------------------------------------------------------
-
-    @property
-    def address(self) -> Address:
-        """The module's address."""
-        address: Address = self._address
-        return address
-
-    @property
-    def path(self) -> str:
-        """Dotted path as in ``named_modules``; empty for the root."""
-        return str(self._path)
-
-    def call(self, n: int) -> View:
-        """The same module, its call number ``n`` in one forward (0 is the first)."""
-        return View(self._root, self._module, self._path, n)
-
-    def skip(self, value: Any) -> None:
-        """Let the module return ``value`` without running: what only it needs is not computed.
-
-        Raises: WriteError when the value has not the structure of the module's output.
-        """
-        self._open("output").skip(self.address, value)
-
-    def modules(self) -> list[View]:
-        """This view and all below it, children before parents."""
-        return [view for _, view in self.named_modules()]
-
-    def named_modules(self) -> list[tuple[str, View]]:
-        """The same with their paths."""
-        below = [
-            pair
-            for name, part in self._module._modules.items()
-            if part is not None
-            for pair in self._child(name).named_modules()
-        ]
-        return [*below, (self.path, self)]
-
-    def get(self, path: str) -> Any:
-        """What a dotted path leads to, a value too: ``get("transformer.h.0.output")``.
-
-        Raises: AttributeError when there is nothing of that name.
-        """
-        found: Any = self
-        for part in path.split("."):
-            found = getattr(found, part)
-        return found
-
-    @property
-    def device(self) -> torch.device | None:
-        """Device of the first parameter; None without parameters."""
-        return next((p.device for p in self._module.parameters()), None)
-
-    @property
-    def devices(self) -> set[torch.device]:
-        """Devices of all parameters and buffers."""
-        return {t.device for t in (*self._module.parameters(), *self._module.buffers())}
-
-    def to(self, *args: Any, **kwargs: Any) -> View:
-        """Move or convert the module, as ``nn.Module.to``.  Returns: this view."""
-        self._module.to(*args, **kwargs)
-        return self
-
-    def cpu(self) -> View:
-        """Move the module to the CPU.  Returns: this view."""
-        return self.to("cpu")
-
-    def cuda(self, device: int | str | torch.device | None = None) -> View:
-        """Move the module to a CUDA device.  Returns: this view."""
-        return self.to("cuda" if device is None else device)
-
-    def __getattr__(self, name: str) -> Any:
-        module: nn.Module = self.__dict__["_module"]
-        if name in ("output", "input", "inputs"):  # the property raised NotExecuted, an AttributeError: raise it again
-            return self._read(name)
-        try:
-            found = getattr(module, name)
-        except AttributeError:
-            known = ", ".join(name for name, _ in module.named_children()) or "no children"
-            raise AttributeError(
-                f"{type(module).__name__} at {str(self.address) or 'the root'} has no attribute {name!r}; "
-                f"it has {known}"
-            ) from None
-        return self._child(name) if isinstance(found, nn.Module) else found
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("output", "input", "inputs"):
-            object.__setattr__(self, name, value)
-        elif name.startswith("_"):
-            self.__dict__[name] = value
-        else:
-            setattr(self._module, name, value)
-
-    def _child(self, name: str) -> View:
-        views: dict[str, View] = self.__dict__["_views"]
-        module = getattr(self._module, name)
-        if name not in views or views[name]._module is not module:
-            views[name] = View(self._root, module, f"{self._path}.{name}" if self._path else name)
-        return views[name]
-
-    def __getitem__(self, key: int | slice) -> Any:
-        names = list(self._module._modules)
-        if isinstance(key, slice):
-            return [self._child(name) for name in names[key]]
-        if not -len(names) <= key < len(names):
-            raise IndexError(f"{self.address} has {len(names)} modules, 0 to {len(names) - 1}; there is no {key}")
-        return self._child(names[key])
-
-    def __len__(self) -> int:
-        return len(self._module._modules)
-
-    def __iter__(self) -> Iterator[View]:
-        return iter(self[:])
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module itself, on tensors or on values of a trace (its parameters are shared, not copied)."""
-        return self._module(*args, **kwargs)
-
-    def __dir__(self) -> list[str]:
-        own = ["output", "input", "inputs", "ops", "source", "path", "address", "call"]
-        return sorted({*own, *self._module._modules, *dir(type(self))})
-
-    def __repr__(self) -> str:
-        return repr(self._module)
-
-    @property
-    def ops(self) -> Any:
-        """The operations of the module's forward: print them, index them, find them."""
-        from fxsight.ops import Operations
-
-        return Operations.of_module(self._root, self.address)
-
-    @property
-    def source(self) -> Any:
-        """The same as ``ops``."""
-        return self.ops
+Views = type[View] | Mapping[type[nn.Module] | str, type[View] | None]
 
 
 class Model(View):
@@ -222,12 +32,36 @@ class Model(View):
             out = model.output.save()
 
     cache: whether captured programs (``store``) and compiled regions (``artifacts``) are kept on disk.
+    rename: further names for modules, ``{"transformer.h": "layers", "mlp": ["ff", "mlp2"]}``; see ``rename.Aliases``.
+    views: a subclass of ``View`` for all modules, or one for each class of modules or end of a path,
+    ``{nn.Linear: MyView, "attn": Heads}``; a class comes before a path, the nearest base and the longest path first.
+    methods: names of methods whose call is a block, ``with model.encode(x):``; see ``methods``.
+
+    Raises: RenameError; TypeError for what is no module or no View.
     """
 
-    def __init__(self, module: nn.Module, *, cache: bool = True) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        cache: bool = True,
+        rename: Rename | None = None,
+        views: Views | None = None,
+        methods: Iterable[str] = (),
+    ) -> None:
+        given: Any = module
+        if not isinstance(given, nn.Module):
+            raise TypeError(f"Model(...) is for an nn.Module, not a {type(given).__name__}")
         super().__init__(None, module, "")
+        own = self.__dict__
+        own["_options"] = {"cache": cache, "rename": rename or {}, "views": views or {}, "methods": tuple(methods)}
         artifacts = Artifacts.on_disk() if cache else Artifacts()
-        self.__dict__["_captures"] = Captures(module, Store() if cache else None, artifacts)
+        own["_captures"] = Captures(module, Store() if cache else None, artifacts)
+        own["_paths"], own["_methods"], own["_aliases"] = {}, {}, Aliases()
+        _check_views(views.values() if isinstance(views, Mapping) else (views,))
+        for name in self._options["methods"]:
+            self.method(name)
+        own["_aliases"] = Aliases.of(module, self._options["rename"], self._words)
 
     def trace(
         self,
@@ -264,6 +98,99 @@ class Model(View):
     def session(self) -> Session:
         """A block for several traces: values of one are used in the next without saving; they run when it ends."""
         return Session()
+
+    def method(self, name: str) -> Method:
+        """A method of the module, to be traced: ``with model.method("encode").trace(x):``.
+
+        Raises: AttributeError when the module has no method of that name.
+        """
+        if name not in self._methods:
+            found = getattr(self._module, name, None)
+            if not isinstance(found, types.MethodType):
+                hint = nearest(name, [n for n in dir(type(self._module)) if not hasattr(nn.Module, n)])
+                text = f"{type(self._module).__name__} has no method {name!r}"
+                raise AttributeError(f"{text}; {hint}" if hint else text)
+            self._methods[name] = Method(self, self._called_by(name), name, name in self._options["methods"])
+        return self._methods[name]  # type: ignore[no-any-return]
+
+    def _called_by(self, method: str) -> Model:
+        """The same model, traced by calling a method."""
+        called = object.__new__(type(self))
+        called.__dict__.update(self.__dict__, _captures=self._captures.of(method))
+        return called
+
+    # -- what its views ask ------------------------------------------------------------------------------------------
+
+    def _present(self, name: str, found: Any) -> Any:
+        is_own = isinstance(found, types.MethodType) and found.__self__ is self._module
+        return self.method(name) if is_own and not hasattr(nn.Module, name) else super()._present(name, found)
+
+    def _path_of(self, module: nn.Module) -> str | None:
+        """The first path of a module of the model; None for one that is no part of it."""
+        path = self._paths.get(id(module))
+        if path is None or self._find(path) is not module:
+            self.__dict__["_paths"] = {id(part): path for path, part in self._module.named_modules()}
+        found: str | None = self._paths.get(id(module))
+        return found
+
+    def _find(self, path: str) -> nn.Module | None:
+        module: nn.Module = self._module
+        try:
+            return module.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def _view_class(self, module: nn.Module, path: str) -> type[View]:
+        """The class of the view of a module."""
+        views: Any = self._options["views"]
+        if not isinstance(views, Mapping):
+            return views  # type: ignore[no-any-return]
+        found = next((cls for cls in type(module).__mro__ if cls in views), None)
+        ends = [key for key in views if isinstance(key, str) and (path == key or path.endswith(f".{key}"))]
+        key = max(ends, key=len, default=None) if found is None else found
+        return (None if key is None else views[key]) or View
+
+    def _words(self, path: str, module: nn.Module) -> frozenset[str]:
+        """What means something else than a child in the view of a module."""
+        return words(self._view_class(module, path) if path else type(self))
+
+    def _label(self, path: str, module: nn.Module, name: str) -> str:
+        """What ``print`` shows in the parentheses before a child."""
+        own = f'["{name}"]' if name in self._words(path, module) else name
+        return "/".join([*self._aliases.of_child(path, name), own])
+
+    def _mounted(self, path: str) -> list[tuple[str, str]]:
+        """Labels and paths of the modules that have an alias on the module at a path, without being its children."""
+        return [(f"{alias}/{way}", way) for alias, way in self._aliases.below(path).items() if "." in way]
+
+    def _check_free(self, path: str, name: str) -> None:
+        """Raises: RenameError when a name that is about to be given is an alias."""
+        if name in self._aliases.below(path):
+            raise RenameError(f"{name!r} is an alias of {self._aliases.below(path)[name]!r}: give another name")
+
+    def _attached(self, parent: nn.Module, name: str, before: nn.Module | None) -> None:
+        """A module has become a child; taken back when an alias that falls to it cannot be given."""
+        try:
+            aliases = Aliases.of(self._module, self._options["rename"], self._words, strict=False)
+        except RenameError:
+            delattr(parent, name) if before is None else setattr(parent, name, before)
+            raise
+        self.__dict__["_aliases"] = aliases
+        self._captures.attach(parent, name, before)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _wrapped, (type(self), self._module, self._options)
+
+
+def _check_views(classes: Iterable[Any]) -> None:
+    for cls in classes:
+        if cls is not None and not (isinstance(cls, type) and issubclass(cls, View)):
+            raise TypeError(f"views: {cls!r} is no subclass of fxsight.View")
+
+
+def _wrapped(cls: type[Model], module: nn.Module, options: Mapping[str, Any]) -> Model:
+    """A model that was copied or pickled; its programs are captured again, or come from the cache folder."""
+    return cls(module, **options)
 
 
 def save(value: Any) -> Any:

@@ -29,7 +29,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fxsight import _torch
-from fxsight.book import Call, Const, Kind, Leaf, Opaque, Ref, SizeRef, Structure, Weight
+from fxsight.book import LISTS, PARTIAL, Call, Const, Kind, Leaf, Opaque, Ref, SizeRef, Structure, Weight
 from fxsight.instructions import Kind as SiteKind
 from fxsight.instructions import Span, site_table
 from fxsight.sites import Site
@@ -38,6 +38,9 @@ from fxsight.tree import LEAF, flatten
 
 TAG = "fxsight"  # key of our tag in node.meta["custom"]: [time, call]
 _INNER_CODE = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>", "<lambda>")
+# Code of torch that goes through the parts of a module, and names under which the model's own code can do so.
+_LISTING = frozenset(f.__code__ for f in (nn.Module.named_modules, nn.Module.named_children, nn.Module.state_dict))
+_LISTING_NAMES = frozenset(["_modules", "__dict__", "vars", "dir"])
 _EMPTY = Structure(LEAF, (Const(None),))
 
 
@@ -88,8 +91,11 @@ class Scribe:
         self._stack: list[OpenCall] = []
         self._frames: dict[FrameType, OpenCall] = {}
         self._last_node: torch.fx.Node | None = None
-        self._paths = {id(m): path for path, m in root.named_modules()}
+        # By the attributes: export calls a module with several names through stand-ins that share them.
+        self._paths = {id(vars(m)): path for path, m in root.named_modules()}
         self._weights: dict[int, str] = {}
+        self.names: set[str] = set()  # see ``Book.names``
+        self._listing: dict[CodeType, bool] = {}  # whether code of the model's could list the parts of a module
         self._own: dict[CodeType, bool] = {}
         self._tables: dict[int, tuple[CodeType, dict[int, tuple[Span, SiteKind]]]] = {}
         self._libraries = Libraries()
@@ -180,9 +186,15 @@ class Scribe:
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
-    def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def call_method(self, name: str, args: Any, kwargs: Any) -> Any:
+        """``root.name(*args, **kwargs)``, written down as the call of the root that the forward otherwise is."""
+        method = getattr(self.root, name)
+        args, kwargs = self._enter_module(self.root, args, kwargs, method)
+        return self._leave_module(self.root, args, method(*args, **kwargs))
+
+    def _enter_module(self, module: nn.Module, args: Any, kwargs: Any, method: Any = None) -> Any:
         with self._not_watching():
-            path = self._paths[id(module)]
+            path = self._paths[id(vars(module))]
             site, line = self._site(self._stack[-1] if self._stack else None, inspect.currentframe())
             name = site.name if site is not None else path.rpartition(".")[2] or "root"
             call = self._begin("module", type(module).__name__, name, line)
@@ -190,7 +202,7 @@ class Scribe:
                 path,
                 sum(c.kind == "module" and c.module == path for c in self.calls[:-1]),
             )
-            call.code = _body(module)
+            call.code = _body(module.forward if method is None else method)
             call.source = self.reader.of(call.code) if call.code is not None else None
             args, kwargs = _border((args, kwargs))
             call.start = self.tick()
@@ -200,16 +212,28 @@ class Scribe:
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> Any:
         with self._not_watching():
             output = _border(output)
-            self._end(next(c for c in reversed(self._stack) if c.module == self._paths[id(module)]), output)
+            self._end(next(c for c in reversed(self._stack) if c.module == self._paths[id(vars(module))]), output)
             return output
 
     # -- Python functions --------------------------------------------------------------------------------------------
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and self._is_own(frame.f_code):
+            self._note_names(frame)
             self._enter_function(frame)
+        elif event == "call" and frame.f_code in _LISTING:
+            self.names.add(LISTS)
         elif event == "return" and frame in self._frames:
             self._leave_function(frame, arg)
+
+    def _note_names(self, frame: FrameType) -> None:
+        """Write down what the code mentions, and whether it can go through the parts of a module that it was given."""
+        listing = self._listing.get(frame.f_code)
+        if listing is None:
+            listing = self._listing[frame.f_code] = not _LISTING_NAMES.isdisjoint(frame.f_code.co_names)
+            self.names |= _mentioned(frame.f_code)
+        if listing and any(isinstance(value, nn.Module) for value in frame.f_locals.values()):
+            self.names.add(LISTS)
 
     def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
         """Write down which places of a source are reached: those of every instruction in the model's own frames."""
@@ -378,10 +402,18 @@ def _border(value: Any) -> Any:
     return value
 
 
-def _body(module: nn.Module) -> CodeType | None:
-    """The code of the module's forward, below its decorators."""
-    forward = inspect.unwrap(module.forward)
-    code = getattr(forward, "__code__", None)
+def _mentioned(code: CodeType) -> set[str]:
+    """What the code of a function mentions: see ``Book.names``."""
+    texts = {value for value in code.co_consts if isinstance(value, str) and re.fullmatch(r"[\w.]{1,60}", value)}
+    found = {*code.co_names, *texts}
+    if not found.isdisjoint(("getattr", "hasattr", "get_submodule")):
+        found |= {PARTIAL + text for text in texts}
+    return found
+
+
+def _body(forward: Any) -> CodeType | None:
+    """The code of a module's forward, below its decorators."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 

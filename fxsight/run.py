@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from fxsight.node import Fixed
 from fxsight.program import Program
 from fxsight.sizes import bind_sizes
 from fxsight.tree import flatten
-
-Fetch = Callable[[], torch.Tensor]
 
 
 class Executable:
@@ -43,7 +40,8 @@ class Executable:
         self.fixed = dict(fixed)
         bindings = list(enumerate(program.bindings.values()))
         self._places: list[Any] = [program.literals.get(str(b.key)) for _, b in bindings]
-        self._weights = [(i, weight_fetcher(module, str(b.key))) for i, b in bindings if b.kind == "weight"]
+        self._weights = Weights(module, [str(b.key) for _, b in bindings if b.kind == "weight"])
+        self._weight_places = [i for i, b in bindings if b.kind == "weight"]
         self._inputs = [(i, int(b.key)) for i, b in bindings if b.kind == "input"]
         self._constants = [(i, int(b.key)) for i, b in bindings if b.kind == "constant"]
         self._lowering = Lowering(program, tier, fixed, artifacts or Artifacts())
@@ -121,8 +119,8 @@ class Executable:
 
     def _arguments(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> list[Any]:
         arguments = self._places.copy()
-        for place, fetch in self._weights:
-            arguments[place] = fetch()
+        for place, weight in zip(self._weight_places, self._weights(), strict=True):
+            arguments[place] = weight
         for place, key in self._inputs:
             arguments[place] = leaves[key]
         for place, key in self._constants:
@@ -146,11 +144,44 @@ def _own(results: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     return own
 
 
-def weight_fetcher(module: nn.Module, name: str) -> Fetch:
-    """Looks a parameter, buffer or tensor attribute up in the live module, at each call."""
-    path, _, leaf = name.rpartition(".")
-    owner: Any = module.get_submodule(path)
-    for table in (owner._parameters, owner._buffers):
-        if leaf in table:
-            return partial(table.__getitem__, leaf)
-    return partial(getattr, owner, leaf)
+class Weights:
+    """The parameters, buffers and tensor attributes of a module by name, looked up anew each time.
+
+    So what was moved, replaced, or swapped with the module that holds it is seen.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self._module = module
+        split = [name.rpartition(".") for name in names]
+        owners = {path: number for number, path in enumerate(dict.fromkeys(path for path, _, _ in split))}
+        self._owners = [path.split(".") if path else [] for path in owners]
+        self._leaves = [(owners[path], leaf) for path, _, leaf in split]
+
+    def __call__(self) -> list[torch.Tensor]:
+        """The tensors, in the order of the names.
+
+        Raises: InputError for one that the module has no more.
+        """
+        owners = [self._owner(path) for path in self._owners]
+        tables = [owner._parameters for owner in owners]
+        found = [tables[number].get(leaf) for number, leaf in self._leaves]
+        rows = zip(found, self._leaves, strict=True)
+        return [self._other(owners[n], leaf, n) if tensor is None else tensor for tensor, (n, leaf) in rows]
+
+    def _owner(self, path: Sequence[str]) -> Any:
+        found: Any = self._module
+        for part in path:
+            below = found._modules.get(part)
+            if below is None:
+                raise InputError(f"the program needs the module {'.'.join(path)!r}, which the model has no more")
+            found = below
+        return found
+
+    def _other(self, owner: Any, leaf: str, number: int) -> Any:
+        """A buffer, or an attribute: plain, or computed as a parametrised weight is."""
+        found = owner._buffers.get(leaf)
+        found = getattr(owner, leaf, None) if found is None else found
+        if found is None:
+            name = ".".join([*self._owners[number], leaf])
+            raise InputError(f"the program needs {name!r}, which the model has no more")
+        return found

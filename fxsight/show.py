@@ -140,8 +140,10 @@ class Look:
 
     def forward(self, path: str) -> Source | None:
         """The source of a module's forward, whether it has run or not; None when it has none in Python."""
-        module = self.module(path)
-        source: Source | None = self.root._captures.reader.of_function(module.forward) if has_forward(module) else None
+        module, captures = self.module(path), self.root._captures
+        if not path and captures.method != "forward":
+            return captures.reader.of_function(getattr(module, captures.method))  # type: ignore[no-any-return]
+        source: Source | None = captures.reader.of_function(module.forward) if has_forward(module) else None
         return source
 
     def body(self, address: Address) -> Body:

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 _TABLES = (dict, OrderedDict, defaultdict, Counter)
 _ROWS = (list, deque)
 
 
-def settings(module: nn.Module) -> tuple[Any, ...]:
-    """Of every submodule: plain attributes (``training`` among them), those of its config, which hooks it has, and
-    dtypes, devices and shapes of its weights.
+def settings(module: nn.Module, without: Collection[nn.Module] = ()) -> tuple[Any, ...]:
+    """Of every submodule: its class and the names of its children, plain attributes (``training`` among them), those
+    of its config, which hooks it has, and dtypes, devices and shapes of its weights.
+
+    without: submodules that the forward does not know, left out with all below them.
 
     Cheap enough to be asked at every trace; equal settings mean that a captured program still holds.
     """
-    return tuple(_of(part) for part in module.modules())
+    skipped = {id(part) for part in without}
+    seen: set[int] = set()
+    found: list[tuple[Any, ...]] = []
+    waiting: list[Any] = [module]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            found.append((len(seen),))
+            continue
+        seen.add(id(part))
+        below = part._modules
+        if skipped:
+            below = {name: child for name, child in below.items() if id(child) not in skipped}
+        found.append(_of(part, tuple(below)))
+        waiting.extend([child for child in below.values() if child is not None])
+    return tuple(found)
 
 
-def _of(module: nn.Module) -> tuple[Any, ...]:
+def _of(module: nn.Module, children: tuple[str, ...]) -> tuple[Any, ...]:
     own = module.__dict__
     plain = tuple(value for value in own.values() if type(value) in _PLAIN)
     hooks = (*own.get("_forward_hooks", ()), *own.get("_forward_pre_hooks", ()))
@@ -31,7 +48,7 @@ def _of(module: nn.Module) -> tuple[Any, ...]:
     more = () if config is None else tuple(value for value in config.values() if type(value) in _PLAIN)
     tensors = (*own["_parameters"].values(), *own["_buffers"].values())
     weights = tuple(None if t is None else (t.dtype, t.device, t.shape) for t in tensors)
-    return (type(module).__qualname__, plain, hooks, more, weights)
+    return (type(module), children, own.get("forward"), plain, hooks, more, weights)
 
 
 @contextmanager

@@ -101,6 +101,7 @@ def encode(program: Program, name: str) -> bytes:
         "identity": name,
         "sources": {file: _file_hash(file) for file in sorted(sources)},
         "literals": {key: _layout(tensor) for key, tensor in program.literals.items()},
+        "names": None if program.book.names is None else sorted(program.book.names),
     }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -123,7 +124,8 @@ def decode(data: bytes, name: str) -> Program:
             raise ValueError("the file of another program")
         if any(_file_hash(file) != digest for file, digest in entry["sources"].items()):
             raise ValueError("the model's code has changed")
-        book = Book(tuple(map(Call.from_json, json.loads(archive.read("book.json")))))
+        names = None if entry["names"] is None else frozenset(entry["names"])
+        book = Book(tuple(map(Call.from_json, json.loads(archive.read("book.json")))), names)
         layouts = entry["literals"].items()
         literals = {key: _tensor(archive.read(f"literals/{key}"), layout) for key, layout in layouts}
         return parse_program(archive.read("program.txt").decode(), book, literals)

@@ -25,7 +25,7 @@ from fxsight.node import Binding, tensor_spec
 from fxsight.parse import parse_program
 from fxsight.program import Program
 from fxsight.rewrite import Pass
-from fxsight.run import weight_fetcher
+from fxsight.run import Weights
 from fxsight.spec import TensorSpec
 from fxsight.text import node_line
 from fxsight.tree import LEAF, Tree, flatten
@@ -140,7 +140,7 @@ def _argument(program: Program, name: str, binding: Binding, leaves: Inputs, mod
     if binding.kind == "literal":
         return program.literals[str(binding.key)].clone()
     if binding.kind == "weight" and module is not None:
-        return weight_fetcher(module, str(binding.key))().clone()
+        return Weights(module, [str(binding.key)])()[0].clone()
     generator = torch.Generator().manual_seed(sum(map(ord, str(binding))))  # the same in every program
     return _random(tensor_spec(program.nodes[name]), generator)
 

@@ -81,6 +81,7 @@ class Tracer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         leave_trace(self)
+        self.captures.attached_calls.forget(self)
         stopped = isinstance(error, Stopped) and error.block is self
         if self._walk is None and error is None:
             raise TraceError("trace() needs an input, or at least one `with tracer.invoke(...)` block")

@@ -261,7 +261,8 @@ def test_a_module_that_is_not_called() -> None:
 
     message = (
         "unused: this forward never calls the module 'unused', so it has no input and no output; "
-        "see model.ops for what runs"
+        "see model.ops for what runs\n"
+        "  it has values after a call in this block: model['unused'](...)"
     )
     _misuse(body, NotExecuted, message)
 

@@ -1,0 +1,423 @@
+"""``View``: one module of a model, its children by name, its values inside a trace.
+
+A word of ours keeps its meaning. Where a module has a child of the same name (``BertLayer`` has one called
+``output``), the child is ``view["output"]``: a text in brackets is always a child, and ``print(model)`` says which
+children are reached so.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fxsight.address import Address
+from fxsight.context import open_trace
+from fxsight.errors import NotExecuted, TraceError, WriteError, nearest
+from fxsight.ops import Operations
+from fxsight.outline import outline
+
+if TYPE_CHECKING:
+    from fxsight.model import Model
+    from fxsight.tracer import Tracer
+
+_RAW = (nn.ParameterList, nn.ParameterDict)  # hold tensors, not modules: handed out as they are
+_CHAINED = frozenset(
+    ["eval", "train", "requires_grad_", "float", "double", "half", "bfloat16", "type", "share_memory", "to_empty"]
+)
+
+
+class View:
+    """One module of a model: its children by name, its values inside a trace, its operations anywhere.
+
+    ``.output``, ``.input`` (first argument) and ``.inputs`` (``(args, kwargs)``) are read and written inside
+    ``with model.trace(...)``; ``.ops`` (= ``.source``) browses the operations of its forward. What is no word of ours
+    is the module's: ``view.config``, ``view.parameters()``.
+    """
+
+    def __init__(self, root: Model | None, module: nn.Module, path: str, call: int = 0) -> None:
+        own = self.__dict__
+        own["_root"], own["_module"], own["_path"], own["_call"] = root or self, module, path, call
+        own["_views"], own["_address"] = {}, Address(path, call)
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Any:
+        """What the module returns: a value, or a structure of values."""
+        return self._read("output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._write("output", value)
+
+    @property
+    def input(self) -> Any:
+        """The module's first argument."""
+        return self._read("input")
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._write("input", value)
+
+    @property
+    def inputs(self) -> Any:
+        """All arguments: ``(args, kwargs)``."""
+        return self._read("inputs")
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        self._write("inputs", value)
+
+    def skip(self, value: Any) -> None:
+        """Let the module return ``value`` without running: what only it needs is not computed.
+
+        Raises: WriteError when the value has not the structure of the module's output.
+        """
+        self._open("output").skip(self.address, value)
+
+    def __call__(self, *args: Any, hook: Any = None, **kwargs: Any) -> Any:
+        """The module itself, on tensors or on values of a trace; its parameters are shared, not copied.
+
+        Inside a block, the values of a module that the model itself never calls are then ``.output``, ``.input`` and
+        ``.inputs`` of this view and of those below it.  hook: accepted; they are in any case.
+        """
+        trace = self._root._captures.open
+        if trace is None or self._is_called(trace):
+            return self._module(*args, **kwargs)
+        return self._root._captures.attached_calls.call(trace, self._path, self._module, args, kwargs)
+
+    def _is_called(self, trace: Any) -> bool:
+        """Whether the forward that is traced calls the module."""
+        return (self._path, 0) in trace.captured.book.modules
+
+    def _read(self, port: str) -> Any:
+        captures = self._root._captures
+        trace, calls = open_trace(captures.shared) or self._open(port), captures.attached_calls
+        made = calls.find(trace, self._path, self._call) if calls else None
+        if made is not None:
+            return made.port(port)
+        try:
+            return trace.read(self._address, port)
+        except NotExecuted as error:
+            raise self._not_called(trace, error) from None
+
+    def _write(self, port: str, value: Any) -> None:
+        trace = self._open(port)
+        if self._root._captures.attached_calls.find(trace, self._path, self._call) is not None:
+            raise WriteError(
+                f"{self.address}:{port} is a value that this block has computed itself, by calling the module, and "
+                "cannot be assigned; give the new value to what used the result, or change the result in place"
+            )
+        try:
+            trace.write(self._address, port, value)
+        except NotExecuted as error:
+            raise self._not_called(trace, error) from None
+
+    def _not_called(self, trace: Tracer, error: NotExecuted) -> NotExecuted:
+        """The error, with the way to give a module values that the model never calls."""
+        if self._is_called(trace):
+            return error
+        made = self._root._captures.attached_calls.count(trace, self._path)
+        if made:
+            return NotExecuted(f"{self.address}: this block calls the module {made} times; the first is number 0")
+        return NotExecuted(f"{error}\n  it has values after a call in this block: model[{self._path!r}](...)")
+
+    def _open(self, port: str) -> Tracer:
+        trace: Tracer | None = self._root._captures.open
+        if trace is not None:
+            return trace
+        child = f'; its child of that name is view["{port}"]' if port in self._module._modules else ""
+        raise TraceError(f"{self.address}:{port} has a value only inside a trace: with model.trace(...):{child}")
+
+    # -- the tree ----------------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> Address:
+        """The module's address."""
+        address: Address = self._address
+        return address
+
+    @property
+    def path(self) -> str:
+        """Dotted path as in ``named_modules``; empty for the root. Of a module with several, the first."""
+        return str(self._path)
+
+    @property
+    def root(self) -> Model:
+        """The model this is a part of."""
+        found: Model = self._root
+        return found
+
+    @property
+    def parent(self) -> View | None:
+        """The view one level up; None for the model."""
+        return self._root[self._path.rpartition(".")[0]] if self._path else None
+
+    def call(self, n: int) -> View:
+        """The same module, its call number ``n`` in one forward (0 is the first)."""
+        cls = View if self is self._root else type(self)
+        return cls(self._root, self._module, self._path, n)
+
+    def modules(self, include_fn: Callable[[View], bool] | None = None, names: bool = False) -> list[Any]:
+        """This view and all below it, children before parents.
+
+        include_fn: keep those for which it says yes.  names: as pairs ``(path, view)``.
+        """
+        found = [(path, view) for path, view in self.named_modules() if include_fn is None or include_fn(view)]
+        return list(found) if names else [view for _, view in found]
+
+    def named_modules(self) -> list[tuple[str, View]]:
+        """Path and view of this and all below it, children before parents; a shared module once."""
+        found: dict[str, View] = {}
+        self._gather(found)
+        return list(found.items())
+
+    def _gather(self, found: dict[str, View]) -> None:
+        for view in self:
+            if isinstance(view, View) and view.path not in found:
+                view._gather(found)
+        found[self.path] = self
+
+    def get(self, path: str) -> Any:
+        """What a dotted path or an address leads to, a value too: ``get("h.0.attn.ops.split_1.output")``.
+
+        On the way a name is a child before it is a word of ours; at the end it is the word, as it is in Python.
+        An address, ``get("h.0.attn/split_1:output[0]")``, leaves no doubt.
+
+        Raises: AttributeError when there is nothing of that name; AddressError for what is no address.
+        """
+        if ":" in path or "/" in path or "#" in path:
+            return self._at(Address.parse(path))
+        *way, last = path.split(".") if path else ("",)
+        found: Any = self
+        for part in way:
+            found = found._step(part) if isinstance(found, View) else getattr(found, part)
+        if not last:
+            return found
+        is_number = isinstance(found, View) and last.removeprefix("-").isdecimal()
+        return found._step(last) if is_number else getattr(found, last)
+
+    def _step(self, part: str) -> Any:
+        if part in self._module._modules:
+            return self._child(part)
+        return self[int(part)] if part.removeprefix("-").isdecimal() else getattr(self, part)
+
+    def _at(self, address: Address) -> Any:
+        found: Any = self[address.module]
+        if address.call:
+            found = found.call(address.call)
+        if address.steps:
+            found = found.ops["/".join(map(str, address.steps))]
+        if address.port:
+            found = getattr(found, address.port)
+        for key in address.keys:
+            found = found[key]
+        return found
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        names = list(self._module._modules)
+        if isinstance(key, slice):
+            return [self._child(name) for name in names[key]]
+        if isinstance(key, str):
+            return self._named(key)
+        if not -len(names) <= key < len(names):
+            raise IndexError(
+                f"{self._shown()} has {len(names)} modules, 0 to {len(names) - 1}; there is no {key}"
+                if names
+                else f"{self._shown()} has no modules; there is no {key}"
+            )
+        return self._child(names[key])
+
+    def _named(self, path: str) -> Any:
+        """A child, or what is below it, by name; aliases too.
+
+        Raises: KeyError.
+        """
+        found: Any = self
+        for part in path.split(".") if path else ():
+            target = self._root._aliases.below(found._path).get(part) if isinstance(found, View) else None
+            if target is not None:
+                found = found._named(target)
+            elif isinstance(found, View) and part in found._module._modules:
+                found = found._child(part)
+            else:
+                place = found._shown() if isinstance(found, View) else "None"
+                known = list(found._module._modules) if isinstance(found, View) else []
+                listed = nearest(part, known) or f"it has {', '.join(known) or 'no children'}"
+                raise KeyError(f"{place} has no child {part!r}; {listed}")
+        return found
+
+    def __len__(self) -> int:
+        return len(self._module._modules)
+
+    def __bool__(self) -> bool:
+        return True  # a module without children is something, too
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self[:])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._module._modules or any(view is name for view in self)
+
+    def __setitem__(self, key: int | str, module: nn.Module) -> None:
+        """Put another module in the place of a child: ``model.layers[0] = Other()``."""
+        names = list(self._module._modules)
+        self._put(key if isinstance(key, str) else names[key], module)
+
+    # -- attributes --------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_module" not in self.__dict__:  # protocols of Python are not passed on
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        word = getattr(type(self), name, None)
+        if isinstance(word, property) and word.fget is not None:  # it raised an AttributeError: raise it again
+            return word.fget(self)
+        try:
+            found = getattr(self._module, name)
+        except AttributeError:
+            if name in self._root._aliases.below(self._path):
+                return self._named(name)
+            raise AttributeError(self._unknown(name)) from None
+        return self._present(name, found)
+
+    def _present(self, name: str, found: Any) -> Any:
+        """An attribute of the module, as users are to have it: modules of the model as views."""
+        if isinstance(found, nn.Module):
+            return self._view(name, found)
+        if name in _CHAINED and isinstance(found, types.MethodType):
+            return self._chained(found)
+        return found
+
+    def _chained(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            return self if result is self._module else result
+
+        return call
+
+    def _unknown(self, name: str) -> str:
+        known = [name for name, _ in self._module.named_children()]
+        hint = f"it has {', '.join(known) or 'no children'}"
+        return f"{type(self._module).__name__} at {self._shown()} has no attribute {name!r}; {hint}"
+
+    def _shown(self) -> str:
+        return str(self.address) or "the root"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        word = getattr(type(self), name, None)
+        if name.startswith("_"):
+            self.__dict__[name] = value
+        elif isinstance(word, property) and word.fset is not None:
+            word.fset(self, value)
+        elif word is not None:
+            raise AttributeError(f"{name!r} is a word that every view has: give what you attach another name")
+        else:
+            self._put(name, value)
+
+    def _put(self, name: str, value: Any) -> None:
+        """Set an attribute of the module; a module becomes a child, and is at once reached as such."""
+        if isinstance(value, View):
+            value = value._module
+        before = self._module._modules.get(name)
+        self._root._check_free(self._path, name)
+        setattr(self._module, name, value)
+        if isinstance(value, nn.Module):
+            self._root._attached(self._module, name, before)
+
+    def __delattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            del self.__dict__[name]
+        else:
+            delattr(self._module, name)
+            self.__dict__["_views"].pop(name, None)
+
+    def _child(self, name: str) -> Any:
+        return self._view(name, self._module._modules[name])
+
+    def _view(self, name: str, module: nn.Module | None) -> Any:
+        """The view of a child; None where the module has none, and what is no part of the model as it is."""
+        views: dict[str, View] = self.__dict__["_views"]
+        view = views.get(name)
+        if view is not None and view._module is module:
+            return view
+        if module is None or isinstance(module, _RAW):
+            return module
+        path = self._root._path_of(module)
+        if path is None:
+            return module
+        views[name] = view = self._root._view_class(module, path)(self._root, module, path)
+        return view
+
+    # -- the module --------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the first parameter; None without parameters."""
+        return next((p.device for p in self._module.parameters()), None)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Devices of all parameters and buffers."""
+        return {t.device for t in (*self._module.parameters(), *self._module.buffers())}
+
+    def to(self, *args: Any, **kwargs: Any) -> View:
+        """Move or convert the module, as ``nn.Module.to``.  Returns: this view."""
+        self._module.to(*args, **kwargs)
+        return self
+
+    def cpu(self) -> View:
+        """Move the module to the CPU.  Returns: this view."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | str | torch.device | None = None) -> View:
+        """Move the module to a CUDA device.  Returns: this view."""
+        return self.to("cuda" if device is None else device)
+
+    @property
+    def ops(self) -> Any:
+        """The operations of the module's forward: print them, index them, find them."""
+        return Operations.of_module(self._root, self.address)
+
+    @property
+    def source(self) -> Any:
+        """The same as ``ops``."""
+        return self.ops
+
+    # -- as an object ------------------------------------------------------------------------------------------------
+
+    def __dir__(self) -> list[str]:
+        aliases = self._root._aliases.below(self._path)
+        return sorted({*dir(type(self)), *dir(self._module), *aliases})
+
+    def __repr__(self) -> str:
+        return outline(self._module, self._path, self._root._label, self._root._mounted, self._root._module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self._root, self._path, self._call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        import copy
+
+        rebuild, state = self.__reduce__()
+        return rebuild(*copy.deepcopy(state, memo))
+
+    def __copy__(self) -> Any:
+        rebuild, state = self.__reduce__()
+        return rebuild(*state)
+
+
+def _again(root: Model, path: str, call: int) -> View:
+    """A view that was copied or pickled with its model."""
+    view: View = root[path]
+    return view.call(call) if call else view
+
+
+def words(cls: type[View]) -> frozenset[str]:
+    """What means something else than a child in views of this class."""
+    return frozenset(name for name in dir(cls) if not name.startswith("_"))
