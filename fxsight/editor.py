@@ -105,6 +105,11 @@ class Editor:
                 user.replace_input_with(old, new)
                 self.touched = True
 
+    def replace_argument(self, node: fx.Node, number: int, new: fx.Node) -> None:
+        """Let one positional argument of a node be another node."""
+        node.args = (*node.args[:number], new, *node.args[number + 1 :])
+        self.touched = True
+
     def erase(self, node: fx.Node) -> None:
         """Remove a node that nobody uses."""
         self.graph.erase_node(node)

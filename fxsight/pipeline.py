@@ -6,6 +6,7 @@ from fxsight.intervention import Intervention
 from fxsight.passes.drop_unused import DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations
+from fxsight.passes.skip_overwritten import SkipOverwritten
 from fxsight.passes.use_known import UseKnown
 from fxsight.passes.weave import Weave
 from fxsight.rewrite import Between, Pipeline
@@ -19,6 +20,7 @@ def pipeline_for(asked: Intervention, known: UseKnown | None = None, between: Be
     return Pipeline(
         Weave(asked),  # first: addresses are those of the captured program
         *([known] if known is not None else []),  # before anything is dropped that only known values needed
+        SkipOverwritten(),  # before what it frees is dropped
         DropUnused(),  # after it: what is read and saved is known now
         EraseBoundaries(),  # when nothing asks for addresses any more
         ExpandMutations(),  # last: from here on order matters beyond data
@@ -28,4 +30,4 @@ def pipeline_for(asked: Intervention, known: UseKnown | None = None, between: Be
 
 def demand_pipeline(asked: Intervention, known: UseKnown | None = None) -> Pipeline:
     """The same up to where a body's in-place calls are still values: what is computed now can be used again."""
-    return Pipeline(Weave(asked), *([known] if known is not None else []), DropUnused())
+    return Pipeline(Weave(asked), *([known] if known is not None else []), SkipOverwritten(), DropUnused())

@@ -119,12 +119,13 @@ def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
         return torch.full_like(recorder.read(location), leaf)
     if not isinstance(leaf, torch.Tensor):
         raise WriteError(f"{location.address} is {spec}, and what is written is {_describe(leaf)}")
-    if leaf.dtype != spec.dtype or str(leaf.device) != spec.device:
+    given = spec_of(leaf)
+    if given.dtype != spec.dtype or given.device != spec.device:
         raise WriteError(
             f"{location.address} is {spec} on {spec.device}, and what is written is {_describe(leaf)}; "
             f"write value.to({str(spec.dtype)!s})"
         )
-    if tuple(leaf.shape) == spec.shape:
+    if given.shape == spec.shape:
         return (
             leaf
             if recorder.layout(leaf) or recorder.is_current(location, leaf)
@@ -134,8 +135,9 @@ def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
 
 
 def _expanded(recorder: Recorder, location: Location, leaf: torch.Tensor, spec: TensorSpec) -> Any:
-    fits = len(leaf.shape) <= len(spec.shape) and all(
-        a in (1, b) for a, b in zip(reversed(leaf.shape), reversed(spec.shape), strict=False)
+    shape = spec_of(leaf).shape
+    fits = len(shape) <= len(spec.shape) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(spec.shape), strict=False)
     )
     if not fits:
         raise WriteError(
@@ -146,6 +148,13 @@ def _expanded(recorder: Recorder, location: Location, leaf: torch.Tensor, spec: 
         (recorder.call(torch.Tensor.expand_as, (leaf, recorder.read(location)), {}),),
         {},
     )
+
+
+def spec_of(leaf: torch.Tensor) -> TensorSpec:
+    """What a value or tensor is; to look at a value's ``shape`` would fix the program's sizes."""
+    if isinstance(leaf, Value):
+        return leaf.cell.spec
+    return TensorSpec(leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), str(leaf.device))
 
 
 def _describe(leaf: Any) -> str:

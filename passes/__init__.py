@@ -8,8 +8,18 @@ from fxsight.passes.drop_unused import DropUnused as DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries as EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations as ExpandMutations
 from fxsight.passes.open_fused import OpenFused as OpenFused
+from fxsight.passes.skip_overwritten import SkipOverwritten as SkipOverwritten
 from fxsight.passes.use_known import UseKnown as UseKnown
 from fxsight.passes.weave import Weave as Weave
 from fxsight.rewrite import Pass
 
-PASSES: tuple[type[Pass], ...] = (OpenFused, Weave, CancelStack, UseKnown, DropUnused, EraseBoundaries, ExpandMutations)
+PASSES: tuple[type[Pass], ...] = (
+    OpenFused,
+    Weave,
+    CancelStack,
+    UseKnown,
+    SkipOverwritten,
+    DropUnused,
+    EraseBoundaries,
+    ExpandMutations,
+)
