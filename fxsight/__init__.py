@@ -20,5 +20,4 @@ from fxsight.model import save as save
 from fxsight.program import Program as Program
 from fxsight.rewrite import Pass as Pass
 from fxsight.rewrite import Pipeline as Pipeline
-
-__version__ = "0.1.0"
+from fxsight.version import __version__ as __version__
