@@ -35,6 +35,5 @@ from fxsight.program import Program as Program
 from fxsight.rewrite import Pass as Pass
 from fxsight.rewrite import Pipeline as Pipeline
 from fxsight.session import Session as Session
+from fxsight.version import __version__ as __version__
 from fxsight.view import View as View
-
-__version__ = "0.1.0"

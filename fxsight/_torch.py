@@ -17,6 +17,7 @@ from weakref import getweakrefcount
 import sympy
 import torch
 import torch.fx.experimental._config as _shape_config
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore
 from torch._ops import HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import (
@@ -174,7 +175,7 @@ def is_transformed(value: Any) -> bool:
 
     Reason: such tensors are told apart in a private module only (2.0+).
     """
-    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value)
 
 
 def shape_env(value: Any) -> ShapeEnv | None:

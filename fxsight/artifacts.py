@@ -27,8 +27,8 @@ from fxsight import _torch
 from fxsight.canonical import Canonical, read_spec, write_spec
 from fxsight.fakes import Fakes, propagate
 from fxsight.folder import Folder, cache_folder, digest, remove
+from fxsight.identity import library_versions
 from fxsight.spec import Spec, TensorSpec
-from fxsight.store import library_versions
 
 FORMAT = 1
 KEPT = 256  # artifacts in memory

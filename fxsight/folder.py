@@ -77,7 +77,10 @@ class Folder:
 
     def _entries(self, pattern: str) -> list[Path]:
         """Files of that name, last used first."""
-        used = [(stat.st_mtime, path) for path in self.path.glob(pattern) if (stat := _stat(path))]
+        try:
+            used = [(stat.st_mtime, path) for path in self.path.glob(pattern) if (stat := _stat(path))]
+        except OSError:
+            return []  # a folder that cannot be read
         return [path for _, path in sorted(used, reverse=True)]
 
     def _warn(self, error: OSError) -> None:

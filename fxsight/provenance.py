@@ -360,13 +360,15 @@ class Libraries:
     """Tells the model's files from those of Python, torch and fxsight, and shortens paths."""
 
     def __init__(self) -> None:
-        self._torch = inspect.getfile(torch).rpartition("__init__")[0]
+        tools = ("torch", "sympy", "mpmath", "typing_extensions")  # torch computes sizes with sympy
+        loaded = [inspect.getfile(sys.modules[name]) for name in tools if name in sys.modules]
+        self._torch = tuple(file.removesuffix("__init__.py") for file in loaded)
         self._here = __file__.rpartition("provenance")[0]
         self._python = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib")})
 
     def is_model_code(self, file: str) -> bool:
         """Whether a file can hold model code."""
-        if file.startswith(("<frozen", "<string", self._torch, self._here)):
+        if file.startswith(("<frozen", "<string", *self._torch, self._here)):
             return False
         return "site-packages" in file or not file.startswith(self._python)
 

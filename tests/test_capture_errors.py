@@ -668,7 +668,7 @@ SUCCESSES = {
     "adds to a buffer": Success(Counts, matrix, ROWS),
     "replaces a buffer": Success(Replaces, matrix, ROWS),
     "buffers change places": Success(Swaps, matrix, ROWS),
-    # torch's recurrent operators ask for every size of their input.
+    # torch's recurrent operators ask for the number of steps.
     "LSTM": Success(lambda: nn.LSTM(4, 3), matrix, [(2, 3, 4), (1, 1, 4), (2, 3, 4), (5, 4)], made=3),
     "GRU": Success(lambda: nn.GRU(4, 3, batch_first=True), matrix, [(2, 3, 4), (3, 2, 4)], made=2),
     "RNN": Success(lambda: nn.RNN(4, 3, nonlinearity="relu"), matrix, [(2, 3, 4), (3, 2, 4)], made=2),
@@ -823,6 +823,12 @@ def test_what_a_forward_keeps_in_its_module_is_left_as_it_was() -> None:
 
     net(X)
     assert torch.equal(traced(model, X)[0], X * 2), "another state is another signature"
+
+
+def test_what_torch_computes_sizes_with_is_no_part_of_the_model() -> None:
+    program, _ = Captures(nn.LSTM(4, 3), None).find((randn(2, 3, 4),), {})
+    files = {call.body[0] for call in program.book.calls if call.body}
+    assert not [file for file in files if "sympy" in file or "mpmath" in file]
 
 
 def test_the_weights_of_a_recurrent_layer_stay_where_they_are() -> None:

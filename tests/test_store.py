@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from fxsight.captures import Captures
 from fxsight.errors import FxsightWarning
+from fxsight.folder import Folder
+from fxsight.identity import library_versions
 from fxsight.parse import parse_program
 from fxsight.program import Program
-from fxsight.store import Store, library_versions
+from fxsight.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -228,6 +230,13 @@ FOREIGN: dict[str, dict[str, Callable[[str], str]]] = {
     "unknown operator": {"program.txt": lambda text: text.replace("aten.tanh.", "aten.no_such_thing.")},
     "forbidden function": {"program.txt": lambda text: text.replace("aten.tanh.default", "os.system")},
     "no book": {"book.json": lambda text: "[{}]"},
+    "half a book": {"book.json": lambda text: text[: len(text) // 2]},
+    "an entry that is no JSON": {"entry.json": lambda text: text + "}"},
+    "an entry of another kind": {"entry.json": lambda text: "[1, 2]"},
+    "an entry without sources": {"entry.json": lambda text: text.replace('"sources"', '"origins"')},
+    "a source that is not there": {"entry.json": lambda text: text.replace("test_store.py", "no_such_file.py")},
+    "literals of another size": {"entry.json": lambda text: text.replace('"shape": [4]', '"shape": [5]')},
+    "literals of another type": {"entry.json": lambda text: text.replace('"bfloat16"', '"no_such_type"')},
 }
 
 
@@ -243,6 +252,68 @@ def test_a_foreign_file_is_removed(
     foreign.write_bytes(data)
     assert captured(net(), folder)[0] == 1
     assert names(folder) == [kept[0]]
+
+
+def test_a_file_without_all_its_members_is_removed(kept: tuple[str, bytes], folder: Path) -> None:
+    good = filled(folder, kept)
+    with zipfile.ZipFile(good) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    good.unlink()
+    for missing in members:
+        with zipfile.ZipFile(folder / "partial", "w") as archive:
+            for name, content in members.items() - {(missing, members[missing])}:
+                archive.writestr(name, content)
+        data = (folder / "partial").read_bytes()
+        (folder / "partial").unlink()
+        bad = folder / f"{kept[0].partition('-')[0]}-{hashlib.sha256(data).hexdigest()[:16]}.zip"
+        bad.write_bytes(data)
+        assert captured(net(), folder)[0] == 1, missing
+        assert names(folder) == [kept[0]], missing
+        good.unlink()
+
+
+def unreadable(folder: Path) -> Callable[[Path], bytes]:
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.parent == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(path)
+
+    return refuse
+
+
+def test_a_file_that_may_not_be_read_is_left_and_captured_anew(
+    kept: tuple[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(folder, kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", unreadable(folder))
+        assert captured(net(), folder)[0] == 1
+    assert names(folder) == [kept[0]]
+
+
+def test_a_folder_in_the_place_of_a_file_is_no_file(kept: tuple[str, bytes], folder: Path) -> None:
+    (folder / kept[0]).mkdir(parents=True)
+    with pytest.warns(FxsightWarning, match="captured programs are not kept"):
+        assert captured(net(), folder)[0] == 1
+    assert names(folder) == [kept[0]]
+
+
+def test_a_file_that_goes_away_meanwhile(
+    kept: tuple[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = filled(folder, kept)
+    listed = Folder._entries
+
+    def listed_and_lost(files: Folder, pattern: str) -> list[Path]:
+        found = listed(files, pattern)
+        path.unlink(missing_ok=True)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "_entries", listed_and_lost)
+        assert captured(net(), folder)[0] == 1
 
 
 def test_what_lies_beside_is_left_alone(kept: tuple[str, bytes], folder: Path) -> None:
@@ -314,6 +385,13 @@ def test_another_default_dtype_is_another_program(kept: tuple[str, bytes], folde
         torch.set_default_dtype(torch.float32)
 
 
+def test_a_recurrent_layer_is_kept(folder: Path) -> None:
+    x = torch.ones(2, 3, 4)
+    assert captured(nn.LSTM(4, 3), folder, x)[0] == 1
+    assert captured(nn.LSTM(4, 3), folder, x)[0] == 0
+    assert captured(nn.LSTM(4, 3, bias=False), folder, x)[0] == 1
+
+
 def test_other_weights_are_the_same_program(kept: tuple[str, bytes], folder: Path) -> None:
     filled(folder, kept)
     torch.manual_seed(1)
@@ -374,10 +452,11 @@ def test_an_edited_function_of_another_file_is_captured_anew(folder: Path, files
 
 
 @pytest.mark.parametrize("which", ["model", "helper"])
-def test_a_file_edited_since_its_import_keeps_nothing(folder: Path, files: Files, which: str) -> None:
+@pytest.mark.parametrize("edit", ["return 7 * ", "return ) "])
+def test_a_file_edited_since_its_import_keeps_nothing(folder: Path, files: Files, which: str, edit: str) -> None:
     module = files.module()
     edited = getattr(files, which)
-    edited.write_text(edited.read_text().replace("return ", "return 7 * "))
+    edited.write_text(edited.read_text().replace("return ", edit))
     linecache.clearcache()
     assert captured(module, folder)[0] == 1
     assert not folder.exists()
@@ -415,6 +494,26 @@ def written_in_no_file() -> nn.Module:
     return module
 
 
+def with_an_empty_cell() -> nn.Module:
+    """With a function one of whose names has no value yet."""
+
+    def function() -> Any:
+        return late
+
+    module = changed(lambda n: setattr(n, "function", function))
+    if torch.ones(()) < 0:
+        late = 1
+    return module
+
+
+class Shy:
+    """Cannot be looked at."""
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("do not look")
+
+
 def with_a_lock() -> nn.Module:
     return changed(lambda n: setattr(n, "lock", threading.Lock()))
 
@@ -425,6 +524,8 @@ LOCAL: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "hooks": lambda: (hooked(), ()),
     "no file": lambda: (written_in_no_file(), ()),
     "an attribute of this process": lambda: (with_a_lock(), ()),
+    "a function that is not complete": lambda: (with_an_empty_cell(), ()),
+    "an attribute that cannot be looked at": lambda: (changed(lambda n: setattr(n, "shy", Shy())), ()),
 }
 
 
@@ -467,6 +568,27 @@ def refusing(number: int) -> Callable[..., Any]:
         raise OSError(number, os.strerror(number))
 
     return refuse
+
+
+def test_a_folder_that_cannot_be_listed_is_no_folder(
+    kept: tuple[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(folder, kept)
+    monkeypatch.setattr(Path, "glob", refusing(errno.EACCES))
+    with pytest.warns(FxsightWarning, match="Permission denied"):
+        assert captured(net(3.0), folder)[0] == 1
+    assert len(names(folder)) == 2, "it could be written"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do everything")
+def test_a_folder_without_rights_is_no_folder(kept: tuple[str, bytes], folder: Path) -> None:
+    filled(folder, kept)
+    folder.chmod(0)
+    try:
+        with pytest.warns(FxsightWarning, match="Permission denied"):
+            assert captured(net(), folder)[0] == 1
+    finally:
+        folder.chmod(0o700)
 
 
 def test_a_folder_that_can_only_be_read_is_read(
