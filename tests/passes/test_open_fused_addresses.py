@@ -231,8 +231,7 @@ def test_no_such_place(mixed: Program) -> None:
     with pytest.raises(fxsight.UnknownAddress) as error:
         _opened(mixed, "up/F_linaer_0")
     hint = "did you mean 'F_linear_0', 'aten_linear_0', 'aten_alias_0'?"
-    assert str(error.value) == f"no operation 'F_linaer_0' in up; {hint}
-  it has: F_linear_0"
+    assert str(error.value) == f"no operation 'F_linaer_0' in up; {hint}\n  it has: F_linear_0"
 
 
 def test_a_module_is_open_already(mixed: Program) -> None:
