@@ -194,7 +194,7 @@ class _Shapes:
         found = [e for e in found if not e.free_symbols & self._steps]
         checked = {size.name for size in known.sizes}
         for condition in found:
-            if not {s.name for s in condition.free_symbols} <= checked:
+            if not set(map(str, condition.free_symbols)) <= checked:
                 raise UnknownAddress(f"it is made in this way for {condition} alone, which is only known when it runs")
         return tuple(found)
 

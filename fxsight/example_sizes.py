@@ -108,7 +108,8 @@ def _multiplied(numbers: Numbers, known: Known) -> Numbers:
     made = dict(numbers)
     for guard in known.guards:
         if isinstance(guard, sympy.Eq) and guard.rhs == 0 and guard.lhs.func is _torch.mod:
-            multiple, unit = guard.lhs.args
+            parts: Any = guard.lhs.args
+            multiple, unit = parts
             if multiple in made:
                 made[multiple] *= size_number(unit, made)
     return made
