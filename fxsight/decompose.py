@@ -167,6 +167,7 @@ class _Shapes:
 
     def __init__(self, specs: Sequence[Spec], numbers: Numbers) -> None:
         self.numbers, self._mode = numbers, _torch.symbolic_mode()
+        self._steps = set(numbers) - set(symbols_of(specs, strides=False))
         shape = tuple(numbers.values())  # equal numbers become one symbol
         sized = _torch.symbolic(self._mode, torch.empty(shape, device="meta"), [True] * len(shape))
         self._sizes = dict(zip(numbers, sized.shape, strict=True))
@@ -183,14 +184,17 @@ class _Shapes:
     def conditions(self, known: Known) -> tuple[Any, ...]:
         """What has been assumed of the sizes, beyond what is known.
 
+        What it has assumed of steps in memory that no size tells is left out: a value does not depend on them.
+
         Raises: UnknownAddress when that cannot be said in sizes of the program's inputs.
         """
         equal = [sympy.Eq(self.names[inner], s) for s, inner in self._inner.items() if self.names[inner] != s]
         assumed = [guard.expr.xreplace(self.names) for guard in self._env.guards]
-        found = dict.fromkeys(e for e in (*equal, *assumed) if e not in (*known.guards, sympy.true))
+        found = list(dict.fromkeys(e for e in (*equal, *assumed) if e not in (*known.guards, sympy.true)))
+        found = [e for e in found if not e.free_symbols & self._steps]
         checked = {size.name for size in known.sizes}
         for condition in found:
-            if not {s.name for s in condition.free_symbols} <= checked:
+            if not set(map(str, condition.free_symbols)) <= checked:
                 raise UnknownAddress(f"it is made in this way for {condition} alone, which is only known when it runs")
         return tuple(found)
 

@@ -6,6 +6,7 @@ with equal ones only: a program has a name for each size of its inputs, also whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
@@ -37,17 +38,17 @@ class Known:
         return Known(tuple(s for s in sizes if s.name in names), tuple(sorted(about, key=str)))
 
 
-def symbols_of(specs: Sequence[Spec]) -> list[sympy.Symbol]:
-    """The sizes in some specs, by name."""
-    named = {s.name: s for spec in specs for dim in _dims(spec) for s in dim.free_symbols}
+def symbols_of(specs: Sequence[Spec], strides: bool = True) -> list[sympy.Symbol]:
+    """The sizes in some specs, by name; those that only strides tell of with ``strides``."""
+    named = {s.name: s for spec in specs for dim in _dims(spec, strides) for s in dim.free_symbols}
     return [named[name] for name in sorted(named)]
 
 
-def _dims(spec: Spec) -> Iterator[Any]:
+def _dims(spec: Spec, strides: bool) -> Iterator[Any]:
     if isinstance(spec, SizeSpec):
         yield spec.expr
     elif isinstance(spec, TensorSpec):
-        yield from (d for d in (*spec.shape, *spec.stride) if not isinstance(d, int))
+        yield from (d for d in (*spec.shape, *(spec.stride if strides else ())) if not isinstance(d, int))
 
 
 def size_number(dim: Any, numbers: Numbers) -> int:
@@ -63,32 +64,43 @@ def example_sizes(symbols: Sequence[sympy.Symbol], known: Known, works: Callable
     Raises: UnknownAddress when sizes have to fit in a way that is neither that nor said by the program.
     """
 
-    def fits(numbers: Numbers) -> bool:
-        return works(_multiplied(numbers, known))
+    equations = [g for g in known.guards if isinstance(g, sympy.Eq)]
+    unit = math.lcm(*(d for g in known.guards for d in _divisors(g)))
 
-    numbers = dict(zip(symbols, _distinct(symbols, known), strict=True))
+    def fits(numbers: Numbers) -> bool:
+        found = _multiplied(numbers, known)
+        return all(g.xreplace(found) != False for g in equations) and works(found)  # noqa: E712
+
+    numbers = dict(zip(symbols, _distinct(symbols, known, unit), strict=True))
     if not fits(numbers):
         for first, number in list(numbers.items()):
             if numbers[first] == number:  # not yet among the equals of another
-                numbers.update(dict.fromkeys(_equals(first, symbols, fits), number))
+                numbers.update(dict.fromkeys(_equals(first, symbols, unit, fits), number))
     found = _multiplied(numbers, known)
-    if not (works(found) and _hold(known, found)):
+    if not (fits(numbers) and _hold(known, found)):
         raise _unknown(symbols)
     return found
 
 
-def _distinct(symbols: Sequence[sympy.Symbol], known: Known) -> Iterator[int]:
-    """Primes within the bounds of the sizes; the bound itself where there is none."""
+def _divisors(guard: Any) -> Iterator[int]:
+    """The numbers by which sizes are divided."""
+    for part in sympy.preorder_traversal(guard):
+        if part.func in (_torch.mod, _torch.floor_div) and part.args[1].is_Integer:
+            divisor: Any = part.args[1]
+            yield int(divisor)
+
+
+def _distinct(symbols: Sequence[sympy.Symbol], known: Known, unit: int) -> Iterator[int]:
+    """Primes times the unit within the bounds of the sizes; the bound itself where there is none."""
     bounds = {size.name: size for size in known.sizes}
     taken: set[int] = set()
     for symbol in symbols:
         size = bounds.get(symbol.name, Size(symbol.name))
-        number = int(sympy.nextprime(max(_SMALLEST, size.low) - 1))
-        while number in taken:
-            number = int(sympy.nextprime(number))
-        number = number if size.high is None else min(number, size.high)
-        taken.add(number)
-        yield number
+        prime = sympy.nextprime(max(_SMALLEST, -(-size.low // unit)) - 1)
+        while int(prime) in taken:
+            prime = sympy.nextprime(prime)
+        taken.add(int(prime))
+        yield int(prime) * unit if size.high is None else min(int(prime) * unit, size.high)
 
 
 def _multiplied(numbers: Numbers, known: Known) -> Numbers:
@@ -96,7 +108,8 @@ def _multiplied(numbers: Numbers, known: Known) -> Numbers:
     made = dict(numbers)
     for guard in known.guards:
         if isinstance(guard, sympy.Eq) and guard.rhs == 0 and guard.lhs.func is _torch.mod:
-            multiple, unit = guard.lhs.args
+            parts: Any = guard.lhs.args
+            multiple, unit = parts
             if multiple in made:
                 made[multiple] *= size_number(unit, made)
     return made
@@ -113,7 +126,7 @@ def _is_within(size: Size, number: int) -> bool:
 
 
 def _equals(
-    first: sympy.Symbol, symbols: Sequence[sympy.Symbol], fits: Callable[[Numbers], bool]
+    first: sympy.Symbol, symbols: Sequence[sympy.Symbol], unit: int, fits: Callable[[Numbers], bool]
 ) -> tuple[sympy.Symbol, ...]:
     """The fewest sizes that have to be equal to ``first``.
 
@@ -122,9 +135,9 @@ def _equals(
     others = [s for s in symbols if s is not first]
     for more in chain.from_iterable(combinations(others, count) for count in range(len(others) + 1)):
         equal = (first, *more)
-        numbers = {s: 5 if s in equal else 7 for s in symbols}
+        numbers = {s: (5 if s in equal else 7) * unit for s in symbols}
         if fits(numbers):
-            if any(fits({**numbers, s: 10}) for s in equal if more):
+            if any(fits({**numbers, s: 10 * unit}) for s in equal if more):
                 break
             return equal
     raise _unknown(symbols)

@@ -23,7 +23,7 @@ from fxsight.address import Address
 from fxsight.book import Call, Structure
 from fxsight.errors import AddressError, InputError, NotExecuted, TraceError, UnknownAddress, nearest
 from fxsight.node import origin_of
-from fxsight.place import Place, Places
+from fxsight.place import Place, Places, operator_name
 from fxsight.program import Program
 from fxsight.show import (
     NOTHING_CAPTURED,
@@ -237,7 +237,7 @@ class Operation:
     def target(self) -> str:
         """What is called: the name of a torch function, Python function, module class, or operator."""
         call = self._place.call
-        return target_name(self._node.target) if call is None else call.title
+        return operator_name(self._node) if call is None else call.title
 
     @property
     def title(self) -> str:
@@ -389,7 +389,7 @@ def _operators_made(program: Program) -> Mapping[int, list[str]]:
     made: dict[int, list[str]] = {}
     for node in program.graph.nodes:
         if node.op == "call_function":
-            made.setdefault(origin_of(node).call, []).append(target_name(node.target))
+            made.setdefault(origin_of(node).call, []).append(operator_name(node))
     return made
 
 

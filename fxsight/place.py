@@ -132,6 +132,8 @@ class Places:
                 node = self.node_places(call).get(str(step))
                 if node is not None and depth == len(address.steps) - 1:
                     return node
+                if node is not None and self.inside(node) is None:
+                    raise UnknownAddress(f"{node.address}: one operator, which has not been opened")
                 below = None if node is None else self.inside(node)
             if below is None:
                 raise self._missing(call, step)
@@ -225,7 +227,7 @@ class Places:
         counts: dict[str, int] = {}
         named = {}
         for node in (*own, *parts):
-            name = (origin_of(node).was.partition("(")[0] or target_name(node.target)).split(".")
+            name = operator_name(node).split(".")
             label = f"aten_{name[1]}" if name[0] == "aten" else "_".join(name)
             number = counts[label] = counts.get(label, -1) + 1
             named[f"{label}_{number}"] = self._node_place(call, f"{label}_{number}", node)
@@ -282,6 +284,11 @@ class Places:
         known = isinstance(node.meta.get("spec"), TensorSpec)
         output = Structure(LEAF, (Ref(node.name) if known else Opaque("several values: its members are nodes, too"),))
         return Place(self.program.book.address(call).step(name), f"%{node.name}", inputs, output, time - 0.5, time)
+
+
+def operator_name(node: fx.Node) -> str:
+    """The name of what a node calls; of an opened operator, what it called before."""
+    return origin_of(node).was.partition("(")[0] or target_name(node.target)
 
 
 def _numbered(name: str, n: int) -> str:

@@ -45,10 +45,9 @@ def scaled_dot_product_attention(
         heads_per_key = query.size(-3) // key.size(-3)
         key = torch.repeat_interleave(key, heads_per_key, dim=-3)
         value = torch.repeat_interleave(value, heads_per_key, dim=-3)
-    if scale is None:
-        scale = query.size(-1) ** -0.5
+    factor = query.size(-1) ** -0.5 if scale is None else scale
     fit = torch.matmul(query, key.transpose(-2, -1))
-    scores = fit * scale
+    scores = fit * factor
     if is_causal:
         square = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device)
         scores = scores.masked_fill(torch.triu(square, diagonal=1), _NEVER)

@@ -371,8 +371,8 @@ class Tracer:
     def _open(self, address: Address) -> None:
         """Go on with the program in which what is fused above the address is opened.
 
-        Raises: UnknownAddress when opening does not help; InputError where the parts are another operator's: at sizes
-        that break their conditions.
+        Raises: UnknownAddress when opening does not help; InputError at sizes for which the operator is made of
+        other parts.
         """
         opened = self.captures.opened(self._captured, address)
         check_guards(opened, self._sizes)

@@ -86,14 +86,18 @@ def open_above(program: Program, at: Address, reader: SourceReader) -> Program:
         above = at.place
         while above.steps and _missing(opened, above, reader) is not None:
             above = above.parent
-        try:
-            deeper = open_place(opened, above, reader)
-        except UnknownAddress:
-            raise error from None
+        if _missing(opened, above, reader) is not None or not _is_torch(Places(opened, reader).find(above)):
+            raise error
+        deeper = open_place(opened, above, reader)
         if deeper is opened:
             raise error
         opened = deeper
     return opened
+
+
+def _is_torch(place: Place) -> bool:
+    """Whether there can be a fused operator."""
+    return place.call is None or place.call.kind == "torch"
 
 
 def _missing(program: Program, at: Address, reader: SourceReader) -> UnknownAddress | NotExecuted | None:

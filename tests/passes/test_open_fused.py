@@ -2,81 +2,83 @@
 
 from __future__ import annotations
 
+from textwrap import dedent
+
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor
 
 import fxsight
 from fxsight.address import Address
 from fxsight.passes import OpenFused
-
-AT = Address.parse("first/F_scaled_dot_product_attention_0")
-
-
-class Attend(nn.Module):
-    """Attention over itself, four heads of eight."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = x.view(*x.shape[:-1], 4, 8).transpose(1, 2)
-        return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+from fxsight.testing import check_pass, listing
+from tests.passes.fused_cases import CASES, Case, assert_addresses_stay
 
 
-class Two(nn.Module):
-    """Two attentions, one after the other."""
+class Opened:
+    """A case, captured."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = Attend(), Attend()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.second(self.first(x))
-        return out
+    def __init__(self, case: Case) -> None:
+        self.case, self.module = case, case.module
+        self.model = fxsight.Model(self.module, cache=False)
+        self.program = self.model._captures.find(case.inputs[0], {})[0]
+        self.pass_ = OpenFused(Address.parse(f"/{case.label}"))
 
 
-X = torch.randn(2, 5, 32)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def opened(request: pytest.FixtureRequest) -> Opened:
+    return Opened(request.param)
 
 
-@pytest.fixture(scope="module")
-def model() -> fxsight.Model:
-    return fxsight.Model(Two(), cache=False)
+def test_result_is_the_operators(opened: Opened) -> None:
+    case = opened.case
+    check_pass(
+        opened.pass_,
+        opened.program,
+        module=opened.module,
+        inputs=case.inputs,
+        equals=lambda module, *inputs: module(*inputs),
+        tolerance=case.tolerance,
+    )
 
 
-def _pattern(x: torch.Tensor) -> torch.Tensor:
-    heads = x.view(*x.shape[:-1], 4, 8).transpose(1, 2)
-    scores = heads @ heads.transpose(-2, -1) / 8**0.5
-    pattern: torch.Tensor = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1)
-    return pattern
+def test_only_its_line_changes(opened: Opened) -> None:
+    node = opened.case.label.removeprefix("aten_").removesuffix("_0")
+    lines = listing(opened.program).splitlines()
+    number = next(i for i, line in enumerate(lines) if line.startswith(f"{node} = "))
+    lines[number : number + 1] = dedent(opened.case.opened).strip().splitlines()
+    assert listing(opened.pass_(opened.program)).splitlines() == lines
 
 
-def test_the_pattern_is_read_and_only_this_place_is_opened(model: fxsight.Model) -> None:
-    with model.trace(X) as tracer:
-        inside = model.first.ops.F_scaled_dot_product_attention_0.ops
-        pattern = inside.softmax_0.output.save()
-        out = model.output.save()
-    assert torch.allclose(pattern, _pattern(X), atol=1e-6) and torch.allclose(out, Two()(X), atol=1e-5)
-    sdpa = torch.ops.aten.scaled_dot_product_attention.default
-    assert sum(node.target is sdpa for node in tracer.program.program.graph.nodes) == 1
+def test_opening_again_changes_nothing(opened: Opened) -> None:
+    program = opened.pass_(opened.program)
+    assert opened.pass_(program) is program
 
 
-def test_the_pattern_is_written(model: fxsight.Model) -> None:
-    with model.trace(X):
-        model.first.ops.F_scaled_dot_product_attention_0.ops.softmax_0.output[:] = torch.eye(5)
-        first = model.first.output.save()
-    assert torch.allclose(first, X, atol=1e-6)
+def test_addresses_stay(opened: Opened) -> None:
+    assert_addresses_stay(opened.program, opened.pass_(opened.program))
 
 
-def test_opening_twice_is_opening_once(model: fxsight.Model) -> None:
-    with model.trace(X) as tracer:
-        model.output.save()
-    program = tracer._captured
-    opened = OpenFused(AT)(program)
-    assert opened is not program and OpenFused(AT)(opened) is opened
-    assert opened.history[-1] == f"OpenFused(at={AT})"
+@pytest.mark.parametrize("size", [0, 1])
+def test_value_inside_is_read(opened: Opened, size: int) -> None:
+    case, inputs, seen = opened.case, opened.case.inputs[size], list[Tensor]()
+    with opened.model.trace(*inputs) as tracer:
+        inner = tracer.at(f"/{case.label}/{case.inner}").output.save()
+
+    def see(value: Tensor) -> Tensor:
+        seen.append(value)
+        return value
+
+    case.twin(see, *inputs, *case.weights)
+    torch.testing.assert_close(inner, seen[0], rtol=case.tolerance, atol=case.tolerance)
 
 
-def test_what_cannot_be_opened_says_so(model: fxsight.Model) -> None:
-    with model.trace(X) as tracer:
-        model.output.save()
-    with pytest.raises(fxsight.UnknownAddress):
-        OpenFused(Address.parse("first/nothing_0"))(tracer._captured)
+@pytest.mark.parametrize("size", [0, 1])
+def test_value_inside_is_written(opened: Opened, size: int) -> None:
+    case, inputs = opened.case, opened.case.inputs[size]
+    with opened.model.trace(*inputs) as tracer:
+        place = tracer.at(f"/{case.label}/{case.inner}")
+        place.output = place.output * 2 + 0.25
+        out = opened.model.output.save()
+    expected = case.twin(lambda value: value * 2 + 0.25, *inputs, *case.weights)
+    torch.testing.assert_close(out, expected, rtol=max(case.tolerance, 1e-6), atol=max(case.tolerance, 1e-6))
