@@ -22,6 +22,7 @@ from fxsight.intervention import Intervention
 from fxsight.lines import user_line
 from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place
+from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.run import Executable
 from fxsight.tree import flatten
@@ -80,6 +81,16 @@ class Tracer:
         if self._executable is None:
             raise TraceError("the program is finished when the block ends: use tracer.program after it")
         return self._executable
+
+    @property
+    def captured(self) -> Program:
+        """The captured program that the block is about, with what it has opened so far; there from its begin on."""
+        return self._captured
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The named sizes of this call's inputs; there from the begin of the block on."""
+        return self._sizes
 
     @property
     def tier(self) -> str:
