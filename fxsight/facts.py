@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -15,9 +14,6 @@ from fxsight.place import Place
 from fxsight.program import Program
 from fxsight.spec import SizeSpec, Spec, TensorSpec
 from fxsight.targets import target_name
-from fxsight.tree import Tree
-
-_SHOWN = 8  # members of a container that are shown before the rest is counted
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Facts:
 
 def value_text(structure: Structure, program: Program) -> str:
     """The type of a structured value: ``f32[batch, length, 64]``, ``(f32[batch, 2, length, 16], None)``."""
-    return _structured(structure.tree, iter([_leaf_text(leaf, program) for leaf in structure.leaves]))
+    return structure.tree.text([_leaf_text(leaf, program) for leaf in structure.leaves])
 
 
 def tensor_spec_of(structure: Structure, program: Program) -> TensorSpec | None:
@@ -129,24 +125,3 @@ def _spec_text(spec: Spec) -> str:
     if isinstance(spec, tuple):
         return f"({', '.join(map(_spec_text, spec))})"
     return str(spec.expr if isinstance(spec, SizeSpec) else spec)
-
-
-def _structured(tree: Tree, leaves: Iterator[str]) -> str:
-    if tree.kind == "leaf":
-        return next(leaves)
-    parts = [_structured(child, leaves) for child in tree.children]
-    if tree.kind not in ("tuple", "list"):
-        form = "{!r}: {}" if tree.kind == "dict" else "{}={}"
-        parts = [form.format(key, part) for key, part in zip(tree.keys, parts, strict=True)]
-    if len(parts) > _SHOWN:
-        parts = [*parts[: _SHOWN // 2], f"... {len(parts) - _SHOWN // 2} more"]
-    inner = ", ".join(parts)
-    match tree.kind:
-        case "tuple":
-            return f"({inner},)" if len(parts) == 1 else f"({inner})"
-        case "list":
-            return f"[{inner}]"
-        case "dict":
-            return "{" + inner + "}"
-        case _:
-            return f"{tree.name.partition(':')[2].rpartition('.')[2]}({inner})"

@@ -249,6 +249,16 @@ class Model(View):
             raise TraceError("trace() needs an input: with model.trace(x):")
         return Tracer(self._captures, args, kwargs, backend)
 
+    def capture(self, *args: Any, **kwargs: Any) -> Model:
+        """Capture ``module(*args, **kwargs)``, so that its operations can be browsed; works without weights.
+
+        What is captured already is not captured again.  Returns: this model, of which ``ops`` now shows this forward.
+
+        Raises: CaptureError.
+        """
+        self._captures.find(args, kwargs)
+        return self
+
     def scan(self, *args: Any, **kwargs: Any) -> Scan:
         """A block in which shapes and dtypes are known and nothing is run; works without weights."""
         return Scan(self._captures, args, kwargs, "eager")

@@ -18,7 +18,7 @@ from torch import nn
 from fxsight.address import Address
 from fxsight.errors import AddressError, NotExecuted, TraceError, UnknownAddress, nearest
 from fxsight.facts import Facts
-from fxsight.look import NOTHING_CAPTURED, Look
+from fxsight.look import NOTHING_CAPTURED, Look, in_words
 from fxsight.query import Query, WantedDim
 from fxsight.show import Text, body_text, empty_text, operation_text, table_text
 from fxsight.spec import Dim
@@ -55,7 +55,9 @@ class Operations:
 
     def __getitem__(self, key: str | int) -> Operation:
         if isinstance(key, int):
-            return list(self)[key]
+            return self._number(key)
+        if not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"ops[{key!r}]: give a name or a number; for several, list(ops)[...] or ops.find(...)")
         end = Address.parse(f"/{key}")
         if end.port:
             raise AddressError(f"ops[{key!r}]: name the operation alone, and read ops[...].{end.port}")
@@ -65,6 +67,13 @@ class Operations:
         else:
             self._check_source(address)
         return Operation(self._look, address)
+
+    def _number(self, number: int) -> Operation:
+        names = self._names()
+        if not -len(names) <= number < len(names):
+            has = f"{len(names)} operations, 0 to {len(names) - 1}" if names else "no operations"
+            raise IndexError(f"{in_words(self.address)} has {has}; there is no {number}")
+        return Operation(self._look, self.address.step(names[number]))
 
     def _check_source(self, address: Address) -> None:
         """While nothing has been captured, the source says which names there are."""

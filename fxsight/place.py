@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from fxsight.address import Address, Key, Step
+from fxsight.address import Address, Step
 from fxsight.book import Call, Const, Leaf, Opaque, Ref, Structure, Weight
 from fxsight.errors import NotExecuted, UnknownAddress, nearest
 from fxsight.node import binding_of, origin_of
@@ -258,13 +258,3 @@ def _leaf(value: Any) -> Leaf:
             return Weight(str(binding_of(value).key))
         return Ref(value.name)
     return Const(value) if value is None or isinstance(value, (bool, int, float, str)) else Opaque(type(value).__name__)
-
-
-def sub_structure(structure: Structure, key: Key) -> tuple[Structure, int]:
-    """The member under a key, and the number of its first leaf."""
-    number = 0
-    for name, child in zip(structure.tree.keys, structure.tree.children, strict=True):
-        if name == key:
-            return Structure(child, structure.leaves[number : number + child.size]), number
-        number += child.size
-    raise KeyError(key)
