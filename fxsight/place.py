@@ -15,13 +15,13 @@ from typing import Any
 from torch import fx
 
 from fxsight.address import Address, Step
-from fxsight.book import Call, Const, Leaf, Opaque, Ref, Structure, Weight
+from fxsight.book import Call, Const, Leaf, Opaque, Ref, SizeRef, Structure, Weight
 from fxsight.errors import NotExecuted, UnknownAddress, nearest
 from fxsight.node import binding_of, origin_of
 from fxsight.program import Program
 from fxsight.rules import Table
 from fxsight.source import Source, SourceReader
-from fxsight.spec import TensorSpec
+from fxsight.spec import SizeSpec, TensorSpec
 from fxsight.targets import target_name
 from fxsight.tree import LEAF, Tree
 
@@ -224,9 +224,20 @@ class Places:
     def _node_place(self, call: Call, name: str, node: fx.Node) -> Place:
         time = origin_of(node).time
         inputs = _structure_of((tuple(node.args), dict(node.kwargs)))
-        known = isinstance(node.meta.get("spec"), TensorSpec)
-        output = Structure(LEAF, (Ref(node.name) if known else Opaque("several values: its members are nodes, too"),))
+        output = Structure(LEAF, (_output_of(node),))
         return Place(self.program.book.address(call).step(name), f"%{node.name}", inputs, output, time - 0.5, time)
+
+
+def _output_of(node: fx.Node) -> Leaf:
+    match node.meta.get("spec"):
+        case TensorSpec():
+            return Ref(node.name)
+        case SizeSpec(expr=expr):
+            return SizeRef(str(expr))
+        case tuple():
+            return Opaque("several values: its members are nodes, too")
+        case _:
+            return Const(None)
 
 
 def _numbered(name: str, n: int) -> str:

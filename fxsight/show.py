@@ -47,7 +47,7 @@ def body_text(body: Body, address: Address, operators: bool) -> Text:
     shown = tuple(s for s in body.source.sites if s.kind == "call" or (operators and s.name in notes))
     text = replace(body.source, sites=shown).render(notes, operators=operators)
     rest = [f"{name}    # {_note(calls, program)}" for name, calls in body.calls.items() if name not in sites]
-    more = ["made by attributes and constructors that the source uses:", *rest] if rest else []
+    more = ["made by decorators, attributes and constructors:", *rest] if rest else []
     return Text("\n".join([header, text, *more]))
 
 
