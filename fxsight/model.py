@@ -91,6 +91,16 @@ class Model(View):
             return self._module(*args, **kwargs)
         return Tracer(self._captures, (args, kwargs) if args or kwargs else None, backend)
 
+    def capture(self, *args: Any, **kwargs: Any) -> Model:
+        """Capture ``module(*args, **kwargs)``, so that its operations can be browsed; works without weights.
+
+        What is captured already is not captured again.  Returns: this model, of which ``ops`` now shows this forward.
+
+        Raises: CaptureError.
+        """
+        self._captures.find(args, kwargs)
+        return self
+
     def scan(self, *args: Any, **kwargs: Any) -> Scan:
         """A block in which shapes and dtypes are known and nothing is run; works without weights."""
         return Scan(self._captures, (args, kwargs), "eager")

@@ -8,44 +8,25 @@ asked for last, else, while nothing has been captured, in the source alone.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import EllipsisType
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
-from torch import fx, nn
+from torch import nn
 
-from fxsight import _torch
 from fxsight.address import Address
-from fxsight.book import Call, Structure
-from fxsight.errors import AddressError, InputError, NotExecuted, TraceError, UnknownAddress, nearest
-from fxsight.node import origin_of
-from fxsight.place import Place, Places, operator_name
-from fxsight.program import Program
-from fxsight.show import (
-    NOTHING_CAPTURED,
-    Look,
-    Text,
-    body_text,
-    empty_text,
-    node_of,
-    operation_text,
-    table_text,
-    tensor_spec_of,
-    value_text,
-)
-from fxsight.spec import Dim, TensorSpec, number, parse_dims, parse_tensor
-from fxsight.targets import target_name
-from fxsight.text import node_line
+from fxsight.errors import AddressError, NotExecuted, TraceError, UnknownAddress, nearest
+from fxsight.facts import Facts
+from fxsight.look import NOTHING_CAPTURED, Look, in_words
+from fxsight.query import Query, WantedDim
+from fxsight.show import Text, body_text, empty_text, operation_text, table_text
+from fxsight.spec import Dim
 
 if TYPE_CHECKING:
     from fxsight.model import Model
 
 _COLUMNS = ("name", "line", "target", "type")
-WantedDim = Dim | str | EllipsisType | None
 
 
 class Operations:
@@ -74,7 +55,9 @@ class Operations:
 
     def __getitem__(self, key: str | int) -> Operation:
         if isinstance(key, int):
-            return list(self)[key]
+            return self._number(key)
+        if not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"ops[{key!r}]: give a name or a number; for several, list(ops)[...] or ops.find(...)")
         end = Address.parse(f"/{key}")
         if end.port:
             raise AddressError(f"ops[{key!r}]: name the operation alone, and read ops[...].{end.port}")
@@ -84,6 +67,13 @@ class Operations:
         else:
             self._check_source(address)
         return Operation(self._look, address)
+
+    def _number(self, number: int) -> Operation:
+        names = self._names()
+        if not -len(names) <= number < len(names):
+            has = f"{len(names)} operations, 0 to {len(names) - 1}" if names else "no operations"
+            raise IndexError(f"{in_words(self.address)} has {has}; there is no {number}")
+        return Operation(self._look, self.address.step(names[number]))
 
     def _check_source(self, address: Address) -> None:
         """While nothing has been captured, the source says which names there are."""
@@ -136,29 +126,8 @@ class Operations:
 
         Raises: TypeError without any criterion, or for one that is none of these; TraceError before a capture.
         """
-        query = _Query.of(name, target, shape, module_class)
-        calls, program = self._calls(recursive)
-        made = _operators_made(program)
-        found = [c for c in calls if query.matches(c, self._look, program, made)]
-        parents = [program.book.calls[c.parent or 0] for c in found]
-        steps = [program.book.address(p).step(c.name, c.n) for p, c in zip(parents, found, strict=True)]
-        return [Operation(self._look, address) for address in steps]
-
-    def _calls(self, recursive: bool) -> tuple[list[Call], Program]:
-        """The calls in this body; for a module without a forward (``ModuleList``), those of its modules."""
-        body = self._look.body(self.address)
-        program = body.program or self._look.places(Address("")).program
-        book, path = program.book, f"{self.address.module}."
-        if body.call is not None:
-            below = list(book.within(body.call))[1:]
-            return below if recursive else list(book.children(body.call)), program
-        if self.address.steps:
-            return [], program
-        parts = [c for c in book.modules.values() if c.module.startswith(path)]
-        top = [c for c in parts if not book.calls[c.parent or 0].module.startswith(path)]
-        if not top:
-            self._look.find(self.address)  # says that the module is not called
-        return [c for t in top for c in (book.within(t) if recursive else (t,))], program
+        found = Query.of(name, target, shape, module_class).answers(self._look, self.address, recursive)
+        return [Operation(self._look, address) for address in found]
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -236,46 +205,39 @@ class Operation:
     @property
     def target(self) -> str:
         """What is called: the name of a torch function, Python function, module class, or operator."""
-        call = self._place.call
-        return operator_name(self._node) if call is None else call.title
+        return self._facts.target
 
     @property
     def title(self) -> str:
         """The same in words: ``module Conv1D at transformer.h.0.attn.c_proj``."""
-        place = self._place
-        kind = "operator" if place.call is None else f"{place.call.kind}"
-        return f"{kind} {self.target}{f' at {place.address}' if kind == 'module' else ''}"
+        return self._facts.title
 
     @property
     def line(self) -> str:
         """Where it is called: ``file:line``."""
-        call = self._place.call or self._maker
-        return origin_of(self._node).line if call is None else call.line
+        return self._facts.line
 
     @property
     def type(self) -> str:
         """Dtype and shape of the output, for all inputs: ``(f32[batch, length, 64], None)``."""
-        return value_text(self._place.output, self._program)
+        return self._facts.type
 
     @property
     def shape(self) -> tuple[Dim, ...] | None:
         """Shape of the output, in numbers inside a trace; None if it is not one tensor."""
-        spec = self._spec
-        return None if spec is None else tuple(_number(dim, self.look.sizes) for dim in spec.shape)
+        spec = self._facts.spec
+        return None if spec is None else tuple(self.look.number(dim) for dim in spec.shape)
 
     @property
     def dtype(self) -> torch.dtype | None:
         """Dtype of the output; None if it is not one tensor."""
-        spec = self._spec
+        spec = self._facts.spec
         return None if spec is None else spec.dtype
 
     @property
     def count(self) -> int:
         """How many times it runs in one call of the body around it."""
-        call, book = self._place.call, self._program.book
-        if call is None or call.parent is None:
-            return 1
-        return sum(other.name == call.name for other in book.children(book.calls[call.parent]))
+        return self._facts.count
 
     # -- around it -------------------------------------------------------------------------------------------
 
@@ -287,7 +249,7 @@ class Operation:
     @property
     def ops(self) -> Operations:
         """The operations in it: of a module or function, those of its source; of a torch call, operators."""
-        place = self._place
+        place = self._facts.place
         is_module = place.call is not None and place.call.kind == "module"
         return Operations(self.look, place.address if is_module else self.address)
 
@@ -306,176 +268,8 @@ class Operation:
         return f"<{self.address}: {NOTHING_CAPTURED if self.look.captured is None else self.type}>"
 
     def __str__(self) -> str:
-        if self.look.captured is None:
-            return operation_text(self.address, {"output": NOTHING_CAPTURED}, self._window())
-        args, kwargs = (value_text(part, self._program) for part in _parts(self._place))
-        facts = {
-            "calls": self.title,
-            "line": self.line,
-            "inputs": args if kwargs == "{}" else f"{args} {kwargs}",
-            "output": self.type,
-            "runs": f"{self.count} times" if self.count > 1 else "",
-            **self._parts_of_it(),
-        }
-        return operation_text(self.address, facts, self._window())
-
-    def _parts_of_it(self) -> Mapping[str, str]:
-        """What it opens to; of a torch call, what it became, since opening one takes a second."""
-        place = self._place
-        if place.call is None:
-            return {}
-        if place.call.kind == "torch" and place.call.body is None:
-            return {"operators": ", ".join(self._places.node_places(place.call))}
-        return {"opens to": ", ".join(op.name for op in self.ops)}
-
-    def _window(self) -> str:
-        """The lines around it; of an operator, its line of the program."""
-        around, name = self.address.parent, self.address.steps[-1].name
-        source = self.look.body(around).source
-        if source is not None and source.find(name) is not None:
-            path = f"model.{around}" if str(around) else "model"
-            return source.render_site(path.replace("/", "."), name)
-        return "" if self._place.call is not None else node_line(self._node)
+        return operation_text(self.look, self.address)
 
     @property
-    def _place(self) -> Place:
-        return self._places.find(self.address)
-
-    @property
-    def _places(self) -> Places:
-        return self.look.places(self.address)
-
-    @property
-    def _program(self) -> Program:
-        return self._places.program
-
-    @property
-    def _maker(self) -> Call | None:
-        """The torch call that an operator comes from."""
-        number, calls = origin_of(self._node).call, self._program.book.calls
-        return calls[number] if number >= 0 and calls[number].kind == "torch" else None
-
-    @property
-    def _spec(self) -> TensorSpec | None:
-        return tensor_spec_of(self._place.output, self._program)
-
-    @property
-    def _node(self) -> fx.Node:
-        """The node of an operator."""
-        return node_of(self._place, self._program)
-
-
-def _parts(place: Place) -> Iterator[Structure]:
-    """Positional and keyword arguments."""
-    at = 0
-    for tree in place.inputs.tree.children:
-        yield Structure(tree, place.inputs.leaves[at : at + tree.size])
-        at += tree.size
-
-
-def _number(dim: Dim, sizes: Mapping[str, int]) -> Dim:
-    """A dimension as a number, where the sizes tell it."""
-    try:
-        return number(dim, sizes)
-    except InputError:
-        return dim
-
-
-# -- finding -------------------------------------------------------------------------------------------------
-
-
-def _operators_made(program: Program) -> Mapping[int, list[str]]:
-    """Names of the operators that each call made itself, by its number in the book."""
-    made: dict[int, list[str]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            made.setdefault(origin_of(node).call, []).append(operator_name(node))
-    return made
-
-
-@dataclass(frozen=True)
-class _Query:
-    """What is asked of operations, as in ``Operations.find``; what is None is not asked.
-
-    target: pattern for the name of what is called, or of an operator it made.
-    """
-
-    name: str | None
-    target: str | None
-    dtype: torch.dtype | None
-    dims: tuple[Dim | EllipsisType | None, ...] | None
-    module_class: str | type[nn.Module] | None
-
-    @staticmethod
-    def of(name: Any, target: Any, shape: Any, module_class: Any) -> _Query:
-        """What a user asks for.
-
-        Raises: TypeError, saying what is meant.
-        """
-        if name is None and target is None and shape is None and module_class is None:
-            raise TypeError("find what? Give at least one of name=, target=, shape=, module_class=")
-        if not isinstance(name, str | None):
-            raise TypeError(f"name={name!r}: give a pattern of names, such as 'self_c_*'")
-        is_class = isinstance(module_class, type) and issubclass(module_class, nn.Module)
-        if not is_class and not isinstance(module_class, str | None):
-            raise TypeError(f"module_class={module_class!r}: give a class of modules, or its name")
-        dtype, dims = (None, None) if shape is None else _wanted_shape(shape)
-        return _Query(name, _wanted_target(target), dtype, dims, module_class)
-
-    def matches(self, call: Call, look: Look, program: Program, made: Mapping[int, list[str]]) -> bool:
-        """Whether all that is asked holds for a call."""
-        operators = made.get(call.id, []) if call.kind == "torch" else []
-        labels = [call.title, call.title.strip("_"), *operators]
-        spec = tensor_spec_of(call.output, program)
-        return (
-            (self.name is None or fnmatch.fnmatchcase(call.name, self.name))
-            and (self.target is None or bool(fnmatch.filter(labels, self.target)))
-            and (self.dtype is None or (spec is not None and spec.dtype == self.dtype))
-            and (self.dims is None or (spec is not None and _fits(self.dims, spec.shape, look.sizes)))
-            and (self.module_class is None or self._is_of_class(call, look))
-        )
-
-    def _is_of_class(self, call: Call, look: Look) -> bool:
-        classes = type(look.module(call.module)).__mro__ if call.kind == "module" else ()
-        return any(self.module_class in (cls, cls.__name__) for cls in classes)
-
-
-def _wanted_target(target: Any) -> str | None:
-    """A pattern for the names that calls of ``target`` have."""
-    if target is None or isinstance(target, str):
-        return target
-    if isinstance(target, _torch.OpOverload):
-        return target_name(target)
-    name = getattr(target, "__name__", None)
-    if not callable(target) or not isinstance(name, str):
-        raise TypeError(f"target={target!r}: give a function, class or operator, or a pattern such as 'tanh'")
-    return name.strip("_")
-
-
-def _wanted_shape(shape: Any) -> tuple[torch.dtype | None, tuple[Dim | EllipsisType | None, ...]]:
-    """Dtype, if it is given, and dimensions."""
-    try:
-        return parse_tensor(shape) if isinstance(shape, str) else (None, tuple(map(_wanted_dim, shape)))
-    except (SyntaxError, TypeError, ValueError):  # TextError is a ValueError
-        example = "('batch', None, 64) or 'f32[batch, length, 64]'"
-        raise TypeError(f"shape={shape!r}: give sizes, such as {example}") from None
-
-
-def _wanted_dim(dim: Any) -> Dim | EllipsisType | None:
-    if isinstance(dim, str):
-        (parsed,) = parse_dims(dim)
-        return parsed
-    if dim is None or dim is ... or isinstance(dim, int | sympy.Expr):
-        return dim
-    raise TypeError
-
-
-def _fits(wanted: Sequence[Dim | EllipsisType | None], shape: Sequence[Dim], sizes: Mapping[str, int]) -> bool:
-    """Whether a shape is the wanted one."""
-    gap = next((i for i, w in enumerate(wanted) if w is ...), None)
-    if gap is not None:
-        more = len(shape) - len(wanted) + 1
-        wanted = (*wanted[:gap], *[None] * max(more, 0), *wanted[gap + 1 :])
-    if len(wanted) != len(shape):
-        return False
-    return all(w is None or w in (h, _number(h, sizes)) for w, h in zip(wanted, shape, strict=True))
+    def _facts(self) -> Facts:
+        return Facts.of(self.look, self.address)

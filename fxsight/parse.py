@@ -138,7 +138,11 @@ class _Reader:
             node = self._add(graph.placeholder(argument.arg), argument.arg, argument.lineno)
             node.meta["binding"] = _binding(argument)
         for statement in function.body:
-            self._statement(graph, statement)
+            try:
+                self._statement(graph, statement)
+            except TextError as error:
+                at = "" if str(error).startswith("line ") else f"line {statement.lineno}: "
+                raise TextError(f"{at}{error}") from None
         return graph
 
     def _statement(self, graph: fx.Graph, statement: ast.stmt) -> None:

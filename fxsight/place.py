@@ -15,15 +15,15 @@ from typing import Any
 
 from torch import fx
 
-from fxsight.address import Address, Key, Step
-from fxsight.book import Call, Const, Leaf, Opaque, Ref, Structure, Weight
+from fxsight.address import Address, Step
+from fxsight.book import Call, Const, Leaf, Opaque, Ref, SizeRef, Structure, Weight
 from fxsight.errors import NotExecuted, UnknownAddress, nearest
 from fxsight.node import binding_of, origin_of
 from fxsight.parse import parse_arguments
 from fxsight.program import Program
 from fxsight.rules import Table
 from fxsight.source import Source, SourceReader
-from fxsight.spec import TensorSpec
+from fxsight.spec import SizeSpec, TensorSpec
 from fxsight.targets import target_name
 from fxsight.tree import LEAF, Tree
 
@@ -281,9 +281,20 @@ class Places:
         was = origin_of(node).was
         args, kwargs = parse_arguments(was, self.program.nodes) if was else (tuple(node.args), dict(node.kwargs))
         inputs = _structure_of((args, kwargs))
-        known = isinstance(node.meta.get("spec"), TensorSpec)
-        output = Structure(LEAF, (Ref(node.name) if known else Opaque("several values: its members are nodes, too"),))
+        output = Structure(LEAF, (_output_of(node),))
         return Place(self.program.book.address(call).step(name), f"%{node.name}", inputs, output, time - 0.5, time)
+
+
+def _output_of(node: fx.Node) -> Leaf:
+    match node.meta.get("spec"):
+        case TensorSpec():
+            return Ref(node.name)
+        case SizeSpec(expr=expr):
+            return SizeRef(str(expr))
+        case tuple():
+            return Opaque("several values: its members are nodes, too")
+        case _:
+            return Const(None)
 
 
 def operator_name(node: fx.Node) -> str:
@@ -320,13 +331,3 @@ def _leaf(value: Any) -> Leaf:
             return Weight(str(binding_of(value).key))
         return Ref(value.name)
     return Const(value) if value is None or isinstance(value, (bool, int, float, str)) else Opaque(type(value).__name__)
-
-
-def sub_structure(structure: Structure, key: Key) -> tuple[Structure, int]:
-    """The member under a key, and the number of its first leaf."""
-    number = 0
-    for name, child in zip(structure.tree.keys, structure.tree.children, strict=True):
-        if name == key:
-            return Structure(child, structure.leaves[number : number + child.size]), number
-        number += child.size
-    raise KeyError(key)

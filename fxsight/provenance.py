@@ -33,7 +33,7 @@ from fxsight.book import LISTS, PARTIAL, Call, Const, Kind, Leaf, Opaque, Ref, S
 from fxsight.instructions import Kind as SiteKind
 from fxsight.instructions import Span, site_table
 from fxsight.sites import Site
-from fxsight.source import Source, SourceReader
+from fxsight.source import Source, SourceReader, unwrapped
 from fxsight.tree import LEAF, flatten
 
 TAG = "fxsight"  # key of our tag in node.meta["custom"]: [time, call]
@@ -41,6 +41,7 @@ _INNER_CODE = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>", "<lambda>")
 # Code of torch that goes through the parts of a module, and names under which the model's own code can do so.
 _LISTING = frozenset(f.__code__ for f in (nn.Module.named_modules, nn.Module.named_children, nn.Module.state_dict))
 _LISTING_NAMES = frozenset(["_modules", "__dict__", "vars", "dir"])
+_NO_CALLS = ("__get__", "_set_grad_enabled")  # an attribute is no call; what ``no_grad`` switches has no value
 _EMPTY = Structure(LEAF, (Const(None),))
 
 
@@ -251,7 +252,7 @@ class Scribe:
     def _enter_function(self, frame: FrameType) -> None:
         with self._not_watching():
             top = self._stack[-1] if self._stack else None
-            if top is None or frame.f_code.co_name in _INNER_CODE or frame.f_code.co_flags & inspect.CO_GENERATOR:
+            if top is None or _is_part_of(frame.f_code, top) or frame.f_code.co_flags & inspect.CO_GENERATOR:
                 return
             if top.frame is None:
                 if top.code is frame.f_code:  # the module's own forward: its body begins
@@ -291,7 +292,7 @@ class Scribe:
             if name == "__get__" and _of(func) in ("T", "mT", "H", "mH", "real", "imag", "data"):
                 name = _of(func)
             if (
-                name == "__get__"
+                name in _NO_CALLS
                 or func is torch.ops.aten.alias.default
                 or not self._stack
                 or self._stack[-1].frame is None
@@ -415,8 +416,22 @@ def _mentioned(code: CodeType) -> set[str]:
 
 def _body(forward: Any) -> CodeType | None:
     """The code of a module's forward, below its decorators."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
+    code = getattr(unwrapped(forward), "__code__", None)
     return code if isinstance(code, CodeType) else None
+
+
+def _is_part_of(code: CodeType, call: OpenCall) -> bool:
+    """Whether the code is a comprehension, or a lambda that stands in the call's own source."""
+    if code.co_name != "<lambda>":
+        return code.co_name in _INNER_CODE
+    todo = [call.code]
+    while todo:
+        found = todo.pop()
+        inner = () if found is None else [const for const in found.co_consts if isinstance(const, CodeType)]
+        if any(const is code for const in inner):
+            return True
+        todo += inner
+    return False
 
 
 def _is_wrapped_by(frame: FrameType, call: OpenCall) -> bool:

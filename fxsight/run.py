@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from fxsight.errors import InputError
 from fxsight.lower import Lowering, Tier, keeping
 from fxsight.node import Fixed
 from fxsight.program import Program
-from fxsight.sizes import bind_sizes
-from fxsight.tree import flatten
+from fxsight.sizes import AGAIN, bind_sizes, given_text
+from fxsight.tree import Tree, flatten
 
 
 class Executable:
@@ -82,8 +82,8 @@ class Executable:
         leaves, tree = flatten((args, kwargs))
         if tree != self.program.inputs:
             raise InputError(
-                f"these inputs have another structure than those the program was made for: "
-                f"{self.program.inputs.to_json()}"
+                f"the program takes {self._takes()}, and is given {_call_text(tree, map(given_text, leaves))}; "
+                "call it as the model was called in its trace"
             )
         sizes = bind_sizes(self.program, leaves)
         self._check_fixed(leaves, sizes)
@@ -95,11 +95,16 @@ class Executable:
             )
         )
 
+    def _takes(self) -> str:
+        given = (repr(x.value) if isinstance(x, Fixed) else str(x) for x in self.program.input_leaves)
+        return _call_text(self.program.inputs, given)
+
     def _check_fixed(self, leaves: Sequence[Any], sizes: Mapping[str, int]) -> None:
         for leaf, given in zip(self.program.input_leaves, leaves, strict=True):
             if isinstance(leaf, Fixed) and leaf.value != given:
                 raise InputError(
-                    f"an input that is not a tensor is part of the program: it was {leaf.value!r}, not {given!r}"
+                    f"an input that is not a tensor is part of the program: it was {leaf.value!r}, not {given!r}; "
+                    f"{AGAIN}"
                 )
         for name, value in self.fixed.items():
             if sizes.get(name, value) != value:
@@ -131,6 +136,14 @@ class Executable:
         return self.program.text
 
     __repr__ = __str__
+
+
+def _call_text(inputs: Tree, leaves: Iterable[str]) -> str:
+    """A call in words: ``(f32[batch, 4], mask=None)``."""
+    given, (args, kwargs) = iter(leaves), inputs.children
+    parts = [child.text([next(given) for _ in range(child.size)]) for child in (*args.children, *kwargs.children)]
+    names = [*([""] * len(args.children)), *(f"{key}=" for key in kwargs.keys)]
+    return f"({', '.join(name + part for name, part in zip(names, parts, strict=True))})"
 
 
 def _own(results: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:

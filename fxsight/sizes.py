@@ -12,6 +12,8 @@ from fxsight.errors import InputError
 from fxsight.program import Program
 from fxsight.spec import TensorSpec, number
 
+AGAIN = "trace again with these inputs"
+
 
 def bind_sizes(program: Program, leaves: Sequence[Any]) -> dict[str, int]:
     """The named sizes of some inputs.
@@ -25,7 +27,7 @@ def bind_sizes(program: Program, leaves: Sequence[Any]) -> dict[str, int]:
     for size in program.sizes:
         value = sizes.get(size.name)
         if value is not None and (value < size.low or (size.high is not None and value > size.high)):
-            raise InputError(f"{size.name} is {value}, and this program holds for {size}")
+            raise InputError(f"{size.name} is {value}, and this program holds for {size}; {AGAIN}")
     check_guards(program, sizes)
     return sizes
 
@@ -36,17 +38,33 @@ def check_guards(program: Program, sizes: Mapping[str, int]) -> None:
     Raises: InputError with the one that does not.
     """
     for guard in program.guards:
-        if guard.xreplace({s: sizes[s.name] for s in guard.free_symbols if s.name in sizes}) == False:  # noqa: E712
-            raise InputError(f"sizes {sizes} break the condition {guard} of this program")
+        here = {s.name: sizes[s.name] for s in guard.free_symbols if s.name in sizes}
+        if guard.xreplace({s: here[s.name] for s in guard.free_symbols if s.name in here}) == False:  # noqa: E712
+            raise InputError(f"this program holds where {_condition(guard)}, and not for {_numbers(here)}; {AGAIN}")
 
 
 def _bind(sizes: dict[str, int], spec: TensorSpec, leaf: Any, what: str) -> None:
     if not isinstance(leaf, torch.Tensor) or leaf.dtype != spec.dtype or leaf.ndim != len(spec.shape):
-        got = f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
-        raise InputError(f"{what} is {got}, and this program takes {spec}")
+        raise InputError(f"{what} is {given_text(leaf)}, and this program takes {spec}; {AGAIN}")
     if str(leaf.device) != spec.device:
-        raise InputError(f"{what} is on {leaf.device}, and this program runs on {spec.device}")
+        raise InputError(f"{what} is on {leaf.device}, and this program runs on {spec.device}; {AGAIN}")
     for dim, value in zip(spec.shape, leaf.shape, strict=True):
         expected = sizes.setdefault(dim.name, value) if isinstance(dim, sympy.Symbol) else number(dim, sizes)
         if expected != value:
-            raise InputError(f"{what} is {list(leaf.shape)}, and this program takes {spec} with {sizes}")
+            known = f" with {_numbers(sizes)}" if sizes else ""
+            raise InputError(f"{what} is {given_text(leaf)}, and this program takes {spec}{known}; {AGAIN}")
+
+
+def given_text(leaf: Any) -> str:
+    """An input in words: ``f32[2, 4]``, ``None``."""
+    return str(TensorSpec(leaf.dtype, tuple(leaf.shape), ())) if isinstance(leaf, torch.Tensor) else repr(leaf)
+
+
+def _numbers(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in sizes.items())
+
+
+def _condition(guard: Any) -> str:
+    """``Ne(batch, 3)`` as ``batch != 3``."""
+    sign = getattr(guard, "rel_op", "")
+    return f"{guard.lhs} {sign} {guard.rhs}" if sign else str(guard)

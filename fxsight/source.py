@@ -195,7 +195,7 @@ class SourceReader:
 
     def of_function(self, fn: Callable[..., object]) -> Source | None:
         """The source of a function, method or partial, under its ``functools.wraps``; None as for ``of``."""
-        plain = _unwrapped(fn)
+        plain = unwrapped(fn)
         if not isinstance(plain, types.FunctionType):
             return None
         linecache.lazycache(plain.__code__.co_filename, plain.__globals__)  # for a module in a zip file
@@ -244,7 +244,7 @@ def _parse(text: str) -> ast.Module:
             return ast.Module([], [])
 
 
-def _unwrapped(fn: object) -> object:
+def unwrapped(fn: object) -> object:
     """The function in a partial, bound method or ``functools.wraps`` wrapper, however nested."""
     while True:
         inner = inspect.unwrap(fn) if callable(fn) else fn

@@ -18,6 +18,7 @@ import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 Json = Any
+_SHOWN = 8  # members of a container that are shown before the rest is counted
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,30 @@ class Tree:
             yield prefix
         for key, child in zip(self.keys, self.children, strict=True):
             yield from child.paths((*prefix, key))
+
+    def text(self, leaves: Sequence[str]) -> str:
+        """The value in words, given those of its leaves: ``(f32[2, 4], {'mask': None})``; long containers are cut."""
+        return self._text(iter(leaves))
+
+    def _text(self, leaves: Iterator[str]) -> str:
+        if self.kind == "leaf":
+            return next(leaves)
+        parts = [child._text(leaves) for child in self.children]
+        if self.kind not in ("tuple", "list"):
+            form = "{!r}: {}" if self.kind == "dict" else "{}={}"
+            parts = [form.format(key, part) for key, part in zip(self.keys, parts, strict=True)]
+        if len(parts) > _SHOWN:
+            parts = [*parts[: _SHOWN // 2], f"... {len(parts) - _SHOWN // 2} more"]
+        inner = ", ".join(parts)
+        match self.kind:
+            case "tuple":
+                return f"({inner},)" if len(parts) == 1 else f"({inner})"
+            case "list":
+                return f"[{inner}]"
+            case "dict":
+                return "{" + inner + "}"
+            case _:
+                return f"{self.name.partition(':')[2].rpartition('.')[2]}({inner})"
 
     def to_json(self) -> Json:
         """Lists and strings only."""

@@ -591,33 +591,62 @@ def _program() -> Any:
     return tracer.program
 
 
-STRUCTURE = (
-    "these inputs have another structure than those the program was made for: "
-    "['tuple', '', [0, 1], [['tuple', '', [0], [0]], ['dict', '', [], []]]]"
+@pytest.mark.parametrize(
+    "args, kwargs, given",
+    [
+        ((), {}, "()"),
+        ((torch.zeros(2, 4), None), {}, "(f32[2, 4], None)"),
+        ((), {"x": torch.zeros(2, 4)}, "(x=f32[2, 4])"),
+        (([torch.zeros(2, 4), 1.0],), {}, "([f32[2, 4], 1.0])"),
+        ((torch.zeros(2, 4),), {"mask": {"a": True}}, "(f32[2, 4], mask={'a': True})"),
+    ],
 )
+def test_a_program_called_with_another_structure(args: Any, kwargs: Any, given: str) -> None:
+    program = _program()
+    message = f"the program takes (f32[batch, 4]), and is given {given}; call it as the model was called in its trace"
+    _misuse(lambda: program(*args, **kwargs), InputError, message)  # here
+
+
+AGAIN = "trace again with these inputs"
 
 
 @pytest.mark.parametrize(
-    "args, kwargs, message",
+    "given, message",
     [
-        ((), {}, STRUCTURE),
-        ((torch.zeros(2, 4), None), {}, STRUCTURE),
-        ((), {"x": torch.zeros(2, 4)}, STRUCTURE),
-        (([torch.zeros(2, 4)],), {}, STRUCTURE),
-        (
-            (torch.zeros(2, 4, dtype=torch.float64),),
-            {},
-            "input 0 is torch.float64 [2, 4], and this program takes f32[batch, 4]",
-        ),
-        ((torch.zeros(4),), {}, "input 0 is torch.float32 [4], and this program takes f32[batch, 4]"),
-        ((torch.zeros(2, 5),), {}, "input 0 is [2, 5], and this program takes f32[batch, 4] with {'batch': 2}"),
-        ((3,), {}, "input 0 is 3, and this program takes f32[batch, 4]"),
-        ((torch.zeros(2, 4, device="meta"),), {}, "input 0 is on meta, and this program runs on cpu"),
+        (torch.zeros(2, 4, dtype=torch.float64), "input 0 is f64[2, 4], and this program takes f32[batch, 4]"),
+        (torch.zeros(4), "input 0 is f32[4], and this program takes f32[batch, 4]"),
+        (torch.zeros(2, 5), "input 0 is f32[2, 5], and this program takes f32[batch, 4] with batch = 2"),
+        (3, "input 0 is 3, and this program takes f32[batch, 4]"),
+        (torch.zeros(2, 4, device="meta"), "input 0 is on meta, and this program runs on cpu"),
     ],
 )
-def test_a_program_called_with_wrong_inputs(args: Any, kwargs: Any, message: str) -> None:
+def test_a_program_called_with_wrong_inputs(given: Any, message: str) -> None:
     program = _program()
-    _misuse(lambda: program(*args, **kwargs), InputError, message)  # here
+    _misuse(lambda: program(given), InputError, f"{message}; {AGAIN}")  # here
+
+
+class _Asks(nn.Module):
+    """Its forward asks two things about sizes."""
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        if x.shape[0] == 7:
+            return x
+        return x * scale if x.shape[1] > 2 else -x
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ((torch.zeros(7, 4), 2.0), "this program holds where batch != 7, and not for batch = 7"),
+        ((torch.zeros(2, 2), 2.0), "length is 2, and this program holds for length >= 3"),
+        ((torch.zeros(2, 4), 3.0), "an input that is not a tensor is part of the program: it was 2.0, not 3.0"),
+    ],
+)
+def test_a_program_called_with_inputs_it_does_not_hold_for(given: Any, message: str) -> None:
+    model = fxsight.Model(_Asks(), cache=False)
+    with model.trace(torch.zeros(2, 4), 2.0) as tracer:
+        model.output.save()
+    _misuse(lambda: tracer.program(*given), InputError, f"{message}; {AGAIN}")  # here
 
 
 def test_a_program_that_has_looked_at_a_size() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxsight.model import Model
-from tests.oracle import (
+from tests.programs import (
     INPLACE,
     OPS,
     AssignStep,
@@ -20,10 +20,9 @@ from tests.oracle import (
     SaveStep,
     Step,
     describe,
-    places,
-    random_program,
     run_with_hooks,
 )
+from tests.random_programs import places, random_program
 from tests.zoo import tiny_transformer, token_ids
 
 QUICK = 50

@@ -311,10 +311,13 @@ def test_the_small_program_is_one() -> None:
         (_small("y = torch.add(x, f'{x}')"), "line 8: not an argument: \"f'{x}'\""),
         (
             _small("y = torch.load(x)"),
-            "no function 'torch.load'; a program calls aten.*, torch.*, torch.Tensor.* and operator.getitem",
+            "line 8: no function 'torch.load'; a program calls aten.*, torch.*, torch.Tensor.* and operator.getitem",
         ),
-        (_small("y = aten.add(x, x)"), "'aten.add' is not one overload; write for example aten.add.Tensor"),
-        (_small("y = aten.nothing.default(x)"), f"no operator 'aten.nothing.default' in torch {torch.__version__}"),
+        (_small("y = aten.add(x, x)"), "line 8: 'aten.add' is not one overload; write for example aten.add.Tensor"),
+        (
+            _small("y = aten.nothing.default(x)"),
+            f"line 8: no operator 'aten.nothing.default' in torch {torch.__version__}",
+        ),
         (
             _small("y = torch.add(x, x)").replace("'input 0'", "'input a'"),
             "line 6: not a binding: 'input a'; write 'weight NAME' or 'input NUMBER'",

@@ -12,30 +12,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.oracle import (
+from tests.oracle import Edit, Port, Read, calls, patched, run
+from tests.programs import (
     INPLACE,
     OPS,
     AssignStep,
     Const,
-    Edit,
     InplaceStep,
     Op,
     OpStep,
     Place,
-    Port,
-    Read,
     ReadStep,
     SaveStep,
     Step,
-    calls,
     constant,
     describe,
-    patched,
-    places,
-    random_program,
-    run,
     run_with_hooks,
 )
+from tests.random_programs import places, random_program
 from tests.zoo import ENTRIES, Entry, TinyTransformer, tiny_transformer, token_ids
 
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
