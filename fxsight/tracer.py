@@ -30,7 +30,7 @@ from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place
 from fxsight.program import Program
 from fxsight.record import Recorder
-from fxsight.rows import Call
+from fxsight.rows import Call, Rows, overlap
 from fxsight.run import Executable
 from fxsight.tree import flatten
 from fxsight.value import Value, check_usable, values_in
@@ -58,7 +58,7 @@ class Tracer:
         self._known: dict[str, torch.Tensor] = {}
         self._executable: Executable | None = None
         self._recorder: Recorder | None = None
-        self._skipped: list[tuple[Address, object, str]] = []
+        self._skipped: list[tuple[Address, Rows | None, str]] = []
 
     # -- the block ---------------------------------------------------------------------------------------------------
 
@@ -255,6 +255,7 @@ class Tracer:
         """
         if not self.recorder.is_open:
             raise TraceError(f"{place.address.at(port)} has a value only inside a trace: with model.trace(...):")
+        self._batch.touch()
         return present(self.recorder, place, port, self._write_leaf)
 
     def write(self, place: Place, port: str, value: Any) -> None:
@@ -262,6 +263,7 @@ class Tracer:
 
         Raises: WriteError, CausalityError at the user's line.
         """
+        self._batch.touch()
         for leaf in values_in(value):
             check_usable(leaf.cell)
             if leaf.cell.recorder.is_open and leaf.cell.recorder is not self._recorder:
@@ -281,17 +283,18 @@ class Tracer:
 
         Raises: WriteError where the structure differs; TraceError when something inside has been used already.
         """
-        used = next((x for x in self.recorder.locations if _inside(x.address, address)), None)
+        used = next((x for x in self.recorder.used if _inside(x.address, address)), None)
         if used is not None:
             raise TraceError(
                 f"{address} cannot be skipped: {used.address} inside it is used in this trace, and would not run"
             )
         self.write(self.place(address), "output", value)
-        self._skipped.append((address, self.recorder.rows, user_line()))
+        if not self.recorder.in_dead_branch:
+            self._skipped.append((address, self.recorder.rows, user_line()))
 
     def _check_skipped(self, address: Address) -> None:
         for skipped, rows, line in self._skipped:
-            if _inside(address, skipped) and rows == self.recorder.rows:
+            if _inside(address, skipped) and overlap(rows, self.recorder.rows):
                 raise NotExecuted(f"{address.place} does not run: {skipped} around it is skipped ({line})")
 
     def save(self, value: Any) -> None:
