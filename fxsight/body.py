@@ -26,34 +26,11 @@ from fxsight.rules import Rule, Table, rule_for
 from fxsight.spec import TensorSpec
 from fxsight.targets import argument_text, find_target, target_name
 from fxsight.tree import Tree, flatten, map_leaves
-from fxsight.value import Cell, Recording, Value, fake_mode, values_in
+from fxsight.value import NUMBERS, Cell, Recording, Value, fake_mode, values_in
 
 Demand = Callable[[Sequence[fx.Node]], list[torch.Tensor]]
 
 _ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
-_NUMBERS = frozenset(
-    [
-        "item",
-        "tolist",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__complex__",
-        "numpy",
-        "__array__",
-        "__repr__",
-        "__str__",
-        "__format__",
-        "__contains__",
-        "is_nonzero",
-        "equal",
-        "allclose",
-        "__reduce_ex__",
-        "__deepcopy__",
-        "cpu_numpy",
-    ]
-)
 _GRADIENTS = frozenset(["backward", "requires_grad_", "retain_grad", "register_hook"])
 
 
@@ -138,7 +115,7 @@ class Body:
             raise TraceError(f"{name} changes several tensors in place; write one call for each")
         if func is torch.autograd.grad:
             raise TraceError("torch.autograd.grad of a traced value: gradients inside a trace are not supported yet")
-        if name in _NUMBERS:
+        if name in NUMBERS:
             return func(*self.numbers(args), **self.numbers(kwargs))
         if name in (
             "size",
@@ -181,7 +158,7 @@ class Body:
 
     def _look(self, args: Any) -> None:
         """A body that looks at a free size holds for that size alone."""
-        for value in values_in(args):
+        for value in filter(self._is_own, values_in(args)):
             self.looked |= set(self.sizes) if any(n in self.sizes.values() for n in value.cell.spec.shape) else set()
 
     def _operation(self, func: Any, args: Any, kwargs: Any) -> Any:

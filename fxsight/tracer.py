@@ -52,12 +52,14 @@ class Tracer:
         self.captures = captures
         self.invoker: Invoker | None = None  # the last
         self.asked_call = call  # in a loop of a session it may hold items, which are known when the loop runs
+        _check_inputs(call)
         session = here().session
         self._batch = Batch([session.example(call) if session else call] if call is not None else [], call is None)
         self._backend: Backend = backend
         self._known: dict[str, torch.Tensor] = {}
         self._executable: Executable | None = None
         self._recorder: Recorder | None = None
+        self.position = session.position if session else 0
         self._skipped: list[tuple[Address, Rows | None, str]] = []
 
     # -- the block ---------------------------------------------------------------------------------------------------
@@ -116,6 +118,19 @@ class Tracer:
         return self._recorder
 
     @property
+    def inputs(self) -> list[Any]:
+        """The leaves of all inputs, as they are given to the program; values of earlier blocks are computed for it."""
+        leaves: list[Any] = flatten(self._batch.joined)[0]
+        for value in values_in(leaves):
+            value.cell.recorder.force()
+        return leaves
+
+    @property
+    def needed(self) -> list[Value]:
+        """The values of earlier blocks that this one needs."""
+        return [*values_in(self.recorder.body.constants), *values_in(self._batch.joined)]
+
+    @property
     def captured(self) -> Program:
         """The program the body is recorded on."""
         return self._captured
@@ -169,6 +184,9 @@ class Tracer:
 
         Without input: a block that sees the whole batch.
         """
+        _check_inputs((args, kwargs))
+        for value in values_in((args, kwargs)):  # rows are joined now
+            value.cell.recorder.force()
         return Invoker(self, (args, kwargs))
 
     def barrier(self, count: int = 0) -> Any:
@@ -313,7 +331,7 @@ class Tracer:
         ).bound(known, bool(self._known))
         self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
         recorder.phase, recorder.alive = "done", None
-        self._fill(self._executable.run(flatten(self._batch.joined)[0], known))
+        self._fill(self._executable.run(self.inputs, known))
 
     def run_again(self, call: Call, wanted: Sequence[Value]) -> None:
         """The same block on another input, in a loop of a session; the first time as ``run``.
@@ -355,8 +373,7 @@ class Tracer:
         asked, known = recorder.intervention((recorder.save_of(nodes),)), self._use_known()
         program = self.captures.demanded(self._captured, asked, known)
         executable = Executable(program, self.captures.module, constants, "eager", {})
-        leaves = flatten(self._batch.joined)[0]
-        values = executable.run_keeping(leaves, [*constants, *self._known.values()])
+        values = executable.run_keeping(self.inputs, [*constants, *self._known.values()])
         results = [values[node.name] for node in program.results[: len(nodes)]]
         for name, mark in fingerprints(program.graph, known).items():
             if isinstance(values.get(name), torch.Tensor):
@@ -366,6 +383,20 @@ class Tracer:
     def _use_known(self) -> UseKnown | None:
         """What has been computed for this body already, as constants after its own."""
         return UseKnown(tuple(self._known), len(self.recorder.constants)) if self._known else None
+
+
+def _check_inputs(call: Call | None) -> None:
+    """Values of an ended block of this session can be inputs.
+
+    Raises: TraceError for a value of an open block, NotSavedError.
+    """
+    for value in values_in(call):
+        check_usable(value.cell)
+        if value.cell.recorder.is_open:
+            raise TraceError(
+                f"{value.cell.what} is a value of a block that has not ended, and cannot be the input of another; "
+                "end the block first: with model.session(): one trace after the other"
+            )
 
 
 def _inside(address: Address, outer: Address) -> bool:

@@ -546,11 +546,10 @@ def test_tensors_that_do_not_carry_the_batch() -> None:
 
 
 def test_an_invoke_inside_an_invoke() -> None:
-    with _model().trace() as tracer:
-        with tracer.invoke(A):
-            with pytest.raises(fxsight.TraceError, match="an invoke inside an invoke"), tracer.invoke(B):
-                raise AssertionError("the block is not entered")
-            a = _model().output.save()
+    with _model().trace() as tracer, tracer.invoke(A):
+        with pytest.raises(fxsight.TraceError, match="an invoke inside an invoke"), tracer.invoke(B):
+            raise AssertionError("the block is not entered")
+        a = _model().output.save()
     assert torch.equal(a, _net()(A))
 
 
@@ -643,11 +642,10 @@ def test_an_error_inside_an_invoke_leaves_the_model_usable() -> None:
             pass
         with tracer.invoke(B):
             print(_model().first.output[:, 17])
-    with _model().trace() as tracer:
-        with tracer.invoke(A):
-            with pytest.raises(ZeroDivisionError):
-                print(1 / 0)
-            out = _model().output.save()
+    with _model().trace() as tracer, tracer.invoke(A):
+        with pytest.raises(ZeroDivisionError):
+            print(1 / 0)
+        out = _model().output.save()
     assert torch.equal(out, _net()(A))
 
 
