@@ -25,34 +25,11 @@ from fxsight.rules import Rule, Table, rule_for
 from fxsight.spec import TensorSpec
 from fxsight.targets import argument_text, find_target, target_name
 from fxsight.tree import Tree, flatten, map_leaves
-from fxsight.value import Cell, Recording, Value, fake_mode, values_in
+from fxsight.value import NUMBERS, Cell, Recording, Value, fake_mode, values_in
 
 Demand = Callable[[Sequence[fx.Node]], list[torch.Tensor]]
 
 _ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
-NUMBERS = frozenset(
-    [
-        "item",
-        "tolist",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__complex__",
-        "numpy",
-        "__array__",
-        "__repr__",
-        "__str__",
-        "__format__",
-        "__contains__",
-        "is_nonzero",
-        "equal",
-        "allclose",
-        "__reduce_ex__",
-        "__deepcopy__",
-        "cpu_numpy",
-    ]
-)
 GRADIENTS = frozenset(["backward", "requires_grad_", "retain_grad", "register_hook"])
 
 
@@ -180,7 +157,7 @@ class Body:
 
     def _look(self, args: Any) -> None:
         """A body that looks at a free size holds for that size alone."""
-        for value in values_in(args):
+        for value in filter(self._is_own, values_in(args)):
             self.looked |= set(self.sizes) if any(n in self.sizes.values() for n in value.cell.spec.shape) else set()
 
     def _operation(self, func: Any, args: Any, kwargs: Any) -> Any:

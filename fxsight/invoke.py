@@ -44,6 +44,10 @@ class Batch:
         """The block ends."""
         self._open = None
 
+    def touch(self) -> None:
+        """Something is read or written: outside the invokes, of the whole batch, which must not grow any more."""
+        self._whole_seen = self._whole_seen or self._open is None
+
     def _join(self, call: Call) -> None:
         if not self.grows:
             raise TraceError(
@@ -51,7 +55,8 @@ class Batch:
             )
         if self._whole_seen:
             raise TraceError(
-                "an invoke with an input after one without, which has seen the whole batch: write it before"
+                "an invoke with an input where the whole batch has been seen already, in an invoke without input or "
+                "outside the invokes: write it before"
             )
         self.joined = join([*self.calls, call])
         self.calls.append(call)

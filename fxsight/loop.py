@@ -79,16 +79,17 @@ class Loop:
 
     def _run(self, block: list[Statement], now: Elements) -> None:
         try:
-            for element in evaluate(self._items, now):
+            for element in self.elements(now):
                 for statement in block:
                     statement({**now, self: element})
         except LoopEnd as end:
             if end.loop is not self:
                 raise
 
-    def first(self, now: Elements) -> Any:
-        """The first element, for what must be known while the block is written."""
-        return next(iter(evaluate(self._items, now)))
+    def elements(self, now: Elements) -> Iterable[Any]:
+        """What the loop is over, for given elements of the loops around it."""
+        found: Iterable[Any] = evaluate(self._items, now)
+        return found
 
     def log(self, *values: Any) -> None:
         """Print values, once for each element."""

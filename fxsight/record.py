@@ -10,7 +10,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
 from fxsight.node import Fixed, Origin, origin_of
 from fxsight.place import Location, Places
-from fxsight.rows import Rows
+from fxsight.rows import Rows, overlap
 from fxsight.spec import TensorSpec
 from fxsight.tree import LEAF, Tree, flatten
 from fxsight.value import Cell, Value
@@ -35,7 +35,8 @@ from fxsight.value import Cell, Value
 class State:
     """What a body has made of one location: the node of its present value, and how it got there.
 
-    read: the placeholder of the value before any write.  version: how often it was written.
+    read: the placeholder of the value before any write.  version: how often it was written.  used: for which rows it
+    was read or written.
     """
 
     location: Location
@@ -46,6 +47,7 @@ class State:
     assigned: fx.Node | None = None
     in_place_line: str = ""
     line: str = ""
+    used: list[Rows | None] = field(default_factory=list[Rows | None])
 
 
 Phase = Literal["open", "waiting", "done"]
@@ -204,12 +206,14 @@ class Recorder:
             node = self.body.graph.placeholder(f"read_{len(self._states)}")
             node.meta.update(spec=self._spec(location), origin=Origin(user=self.line(), made_by="body"))
             state = self._states[location.key] = State(location, node, node.name)
+        if not self.in_dead_branch and self.rows not in state.used:
+            state.used.append(self.rows)
         return state
 
     @property
-    def locations(self) -> list[Location]:
-        """What has been read or written so far."""
-        return [state.location for state in self._states.values()]
+    def used(self) -> list[Location]:
+        """What has been read or written so far for rows of those that are read and written now."""
+        return [s.location for s in self._states.values() if any(overlap(rows, self.rows) for rows in s.used)]
 
     def layout(self, value: torch.Tensor) -> bool:
         """Whether a tensor or value lies row by row in memory."""
@@ -245,10 +249,12 @@ class Recorder:
         """Whether the value is what the location has already (``m.output *= 2`` writes it back)."""
         if not isinstance(value, Value) or value.cell.recorder is not self:
             return False
-        state = self._state(location)
-        if self.rows is not None and value.cell.what is location.address and value.cell.base is not None:
-            return value.cell.root.node is state.node
-        return self.body.node_of(value) is state.node
+        state, cell, dim = self._state(location), value.cell, self.row_dim(location)
+        if dim is not None and self.rows is not None:  # then it is current when it is these rows of the whole
+            if cell.base is None or cell.step is None or cell.step[1][1:] != (dim, self.rows.start, self.rows.count):
+                return False
+            cell = cell.base
+        return self.body.current(cell) is state.node
 
     def assign(self, location: Location, value: torch.Tensor) -> None:
         """The location gets the value; only there. Shapes have been checked (``write``)."""

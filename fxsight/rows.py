@@ -52,6 +52,11 @@ class Rows:
         return holding[0]
 
 
+def overlap(one: Rows | None, other: Rows | None) -> bool:
+    """Whether two parts of a batch share a row; None is the whole batch."""
+    return one is None or other is None or (one.start < other.stop and other.start < one.stop)
+
+
 def row_count(call: Call) -> int:
     """Rows of one call's inputs: the first dimension of the first tensor.
 

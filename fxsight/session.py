@@ -6,13 +6,14 @@ then everything up to there runs, and what is still held becomes plain tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NoReturn
 
 from fxsight.containers import thaw
-from fxsight.context import enter_session, leave_session
+from fxsight.context import enter_session, here, leave_session
+from fxsight.errors import TraceError
 from fxsight.item import Elements, Item, evaluate
 from fxsight.loop import Condition, Loop, Statement
 from fxsight.tracer import Stopped, Tracer
@@ -50,22 +51,35 @@ class Session:
 
     def add(self, tracer: Tracer) -> None:
         """A block has ended, and waits."""
-        if self._blocks:
-            self._blocks[-1].append(lambda now: self._run_again(tracer, now))
-        else:
+        if not self._blocks:
             self._waiting.append(tracer)
+            return
+        self._blocks[-1].insert(tracer.position, lambda now: self._run_again(tracer, now))
+        for outer in here().traces:  # of another model: it runs later than this one
+            outer.position += outer.position >= tracer.position
+
+    @property
+    def position(self) -> int:
+        """Where a trace that begins now stands in the block that is written down: before what is done in it."""
+        return len(self._blocks[-1]) if self._blocks else 0
 
     def _run_again(self, tracer: Tracer, now: Elements) -> None:
         args, kwargs = evaluate(tracer.asked_call, now)
         tracer.run_again((tuple(args), kwargs), self._held(tracer))
 
     def example(self, value: Any) -> Any:
-        """A structure with the first elements of the loops for their items: what a body in a loop is recorded on."""
-        now: dict[object, Any] = {}
-        for loop in self._loops:
-            if loop is not None:
-                now[loop] = loop.first(now)
-        return evaluate(value, now)
+        """A structure with the first elements of the loops for their items: what a body in a loop is recorded on.
+
+        Raises: TraceError when there are none.
+        """
+        loops = [loop for loop in self._loops if loop is not None]
+        first = next(_elements(loops, {}), None)
+        if first is None:
+            raise TraceError(
+                "a trace in a loop over nothing: a block that is written once for all elements is written on the "
+                "first; write `for item in session.iter(...):`"
+            )
+        return evaluate(value, first)
 
     def force(self) -> None:
         """Run what waits, and let everything that is still held become plain tensors."""
@@ -84,10 +98,10 @@ class Session:
     def _finish(self) -> None:
         for value in self._kept:
             self.refer(thaw(value))
-        used = [c for tracer in self._waiting for c in tracer.recorder.body.constants if isinstance(c, Value)]
+        used = [value for tracer in self._waiting for value in tracer.needed]
         for tracer in list(self._waiting):
             self._held(tracer).clear()
-            tracer.run([value for value in used if type(value) is Value and value.cell.recorder is tracer.recorder])
+            tracer.run([value for value in used if isinstance(value, Value) and value.cell.recorder is tracer.recorder])
             tracer.forget()
             self._waiting.remove(tracer)
 
@@ -128,6 +142,11 @@ class Session:
         """Whether statements are written down, in a loop or a condition."""
         return bool(self._blocks)
 
+    def later(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Item:
+        """A call on values that are there when the block runs."""
+        self.refer((args, kwargs))
+        return Item(lambda now: function(*evaluate(args, now), **evaluate(kwargs, now)))
+
     def log(self, *values: Any) -> None:
         """Print values; what they need is run now, in a loop for each element."""
         self.refer(values if self._blocks else ())
@@ -147,3 +166,12 @@ class Session:
     def exit(self) -> NoReturn:
         """End the session here: the traces so far run, what comes after is not done."""
         raise Stopped(self)
+
+
+def _elements(loops: Sequence[Loop], now: Elements) -> Iterator[Elements]:
+    """The elements of nested loops, in the order in which they come."""
+    if not loops:
+        yield now
+        return
+    for element in loops[0].elements(now):
+        yield from _elements(loops[1:], {**now, loops[0]: element})

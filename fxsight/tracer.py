@@ -33,7 +33,7 @@ from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place, Places
 from fxsight.program import Program
 from fxsight.record import Recorder
-from fxsight.rows import Call, Rows
+from fxsight.rows import Call, Rows, overlap
 from fxsight.run import Executable
 from fxsight.sizes import check_guards
 from fxsight.tree import flatten
@@ -57,6 +57,7 @@ class Tracer:
         self.captures = captures
         self.invoker: Invoker | None = None  # the last
         self.asked_call = call  # in a loop of a session it may hold items, which are known when the loop runs
+        _check_inputs(call)
         session = here().session
         self._batch = Batch([session.example(call) if session else call] if call is not None else [], call is None)
         self._backend: Backend = backend
@@ -65,6 +66,7 @@ class Tracer:
         self._recorder: Recorder | None = None
         self._walk: Walk | None = None
         self._finished: Finish | None = None
+        self.position = session.position if session else 0
         self._skipped: list[tuple[Address, Rows | None, str]] = []
         self._keepers: list[Keeper] = []
         self._kept: list[Save] = []
@@ -125,7 +127,7 @@ class Tracer:
     def _run_finished(self, walk: Walk, finish: Finish) -> None:
         """The body has gone a known way to its end: run the program that is there."""
         self._finished, self._constants = finish, walk.constants(finish)
-        results = finish.executable.run(self._leaves, self._constants)
+        results = finish.executable.run(self.inputs, self._constants)
         values = walk.values
         for index, place in finish.results:
             become(values[index], results[place])
@@ -141,10 +143,6 @@ class Tracer:
         self._walk = Walk(self, found.root(user_line(), self._tier()), found.watch.names)
         if here().session is not None or self._batch.grows:
             self._walk.leave()
-
-    @property
-    def _leaves(self) -> list[Any]:
-        return flatten(self._batch.joined)[0]
 
     @property
     def _places(self) -> Places:
@@ -212,6 +210,19 @@ class Tracer:
         if self._walk is not None:
             self._walk.leave()
         return self._written
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The leaves of all inputs, as they are given to the program; values of earlier blocks are computed for it."""
+        leaves: list[Any] = flatten(self._batch.joined)[0]
+        for value in values_in(leaves):
+            value.cell.recorder.force()
+        return leaves
+
+    @property
+    def needed(self) -> list[Value]:
+        """The values of earlier blocks that this one needs."""
+        return [*values_in(self.recorder.body.constants), *values_in(self._batch.joined)]
 
     @property
     def captured(self) -> Program:
@@ -301,6 +312,9 @@ class Tracer:
 
         Without input: a block that sees the whole batch.
         """
+        _check_inputs((args, kwargs))
+        for value in values_in((args, kwargs)):  # rows are joined now
+            value.cell.recorder.force()
         return Invoker(self, (args, kwargs))
 
     def barrier(self, count: int = 0) -> Any:
@@ -389,6 +403,7 @@ class Tracer:
 
         Raises: UnknownAddress, NotExecuted; TraceError when the block has ended.
         """
+        self._batch.touch()
         walk = self._walk
         if walk is not None and walk.live:
             return walk.read(address, port)
@@ -401,6 +416,7 @@ class Tracer:
 
         Raises: WriteError, CausalityError at the user's line.
         """
+        self._batch.touch()
         walk = self._walk
         if walk is not None and walk.live:
             walk.write(address, port, value)
@@ -412,13 +428,14 @@ class Tracer:
 
         Raises: WriteError where the structure differs; TraceError when something inside has been used already.
         """
-        used = next((x for x in self.recorder.locations if _inside(x.address, address)), None)
+        used = next((x for x in self.recorder.used if _inside(x.address, address)), None)
         if used is not None:
             raise TraceError(
                 f"{address} cannot be skipped: {used.address} inside it is used in this trace, and would not run"
             )
         self.write(address, "output", value)
-        self._skipped.append((address, self.recorder.rows, user_line()))
+        if not self.recorder.in_dead_branch:
+            self._skipped.append((address, self.recorder.rows, user_line()))
 
     def _check_skipped(self, address: Address) -> None:
         why = self._why_skipped(address)
@@ -428,7 +445,7 @@ class Tracer:
     def _why_skipped(self, address: Address) -> str:
         """Why a call does not run for the present rows; empty when it does."""
         for skipped, rows, line in self._skipped:
-            if _inside(address, skipped) and (rows is None or _same(rows, self.recorder.rows)):
+            if _inside(address, skipped) and overlap(rows, self.recorder.rows):
                 return f"does not run: {skipped} around it is skipped ({line})"
         return ""
 
@@ -448,7 +465,7 @@ class Tracer:
         self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
         self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]
         recorder.phase, recorder.alive = "done", None
-        self._fill(self._executable.run(self._leaves, known))
+        self._fill(self._executable.run(self.inputs, known))
 
     def run_again(self, call: Call, wanted: Sequence[Value]) -> None:
         """The same block on another input, in a loop of a session; the first time as ``run``.
@@ -493,8 +510,7 @@ class Tracer:
         asked, known = recorder.intervention((recorder.save_of(nodes),)), self._use_known()
         program = self.captures.demanded(self._captured, asked, known)
         executable = Executable(program, self.captures.module, constants, "eager", {})
-        leaves = self._leaves
-        values = executable.run_keeping(leaves, [*constants, *self._known.values()])
+        values = executable.run_keeping(self.inputs, [*constants, *self._known.values()])
         results = [values[node.name] for node in program.results[: len(nodes)]]
         for name, mark in fingerprints(program.graph, known).items():
             if isinstance(values.get(name), torch.Tensor):
@@ -506,6 +522,20 @@ class Tracer:
         return UseKnown(tuple(self._known), len(self._written.constants)) if self._known else None
 
 
+def _check_inputs(call: Call | None) -> None:
+    """Values of an ended block of this session can be inputs.
+
+    Raises: TraceError for a value of an open block, NotSavedError.
+    """
+    for value in values_in(call):
+        check_usable(value.cell)
+        if value.cell.recorder.is_open:
+            raise TraceError(
+                f"{value.cell.what} is a value of a block that has not ended, and cannot be the input of another; "
+                "end the block first: with model.session(): one trace after the other"
+            )
+
+
 def _inside(address: Address, outer: Address) -> bool:
     """Whether a place is inside the call of another."""
     if outer.steps:
@@ -514,11 +544,6 @@ def _inside(address: Address, outer: Address) -> bool:
         )
     below = address.module.startswith(f"{outer.module}." if outer.module else "") and address.module != outer.module
     return below or (address.module == outer.module and bool(address.steps))
-
-
-def _same(rows: Rows, others: Rows | None) -> bool:
-    """Whether two are the same rows of the batch, which may have grown between."""
-    return others is not None and (rows.start, rows.stop) == (others.start, others.stop)
 
 
 class Stopped(BaseException):

@@ -16,10 +16,34 @@ from torch import fx
 from fxsight import _torch
 from fxsight.containers import savable
 from fxsight.context import here
-from fxsight.errors import NotSavedError, TraceError
+from fxsight.errors import NeedsValueError, NotSavedError, TraceError
 from fxsight.mutate import ViewStep
 from fxsight.spec import TensorSpec
 from fxsight.tree import flatten
+
+NUMBERS = frozenset(
+    [
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "numpy",
+        "__array__",
+        "__repr__",
+        "__str__",
+        "__format__",
+        "__contains__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+        "__reduce_ex__",
+        "__deepcopy__",
+        "cpu_numpy",
+    ]
+)
 
 
 class Recording(Protocol):
@@ -176,10 +200,11 @@ class Value(torch.Tensor):
         if walk is not None:
             return walk.call(func, args, kwargs)
         owner = _owner(values)
-        if owner is None:
-            values[0].cell.recorder.force()  # now they are plain tensors
-            return func(*args, **kwargs)
-        return owner.call(func, args, kwargs)
+        if owner is not None:
+            return owner.call(func, args, kwargs)
+        if _is_known(func):
+            return func(*(x.cell.fake if isinstance(x, Value) else x for x in args), **kwargs)
+        return _between(func, values, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
@@ -254,6 +279,39 @@ def _owner(values: list[Value]) -> Recording | None:
     return traces[-1].recorder if traces else None
 
 
+def _is_known(func: Any) -> bool:
+    """Whether the call asks for what is known without numbers: shape, dtype, ..."""
+    name = getattr(func, "__name__", "")
+    asked = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+    return asked in _KNOWN
+
+
+_KNOWN = frozenset(
+    ["shape", "dtype", "device", "ndim", "layout", "size", "dim", "numel", "stride", "nelement", "__len__"]
+)
+
+
+def _between(func: Any, values: list[Value], args: Any, kwargs: Any) -> Any:
+    """A call on values of ended blocks, outside the traces of their session: now, or when the loop around runs.
+
+    Raises: NotSavedError, NeedsValueError.
+    """
+    session = here().session
+    if session is not None and session.is_written_down:
+        if getattr(func, "__name__", "") in NUMBERS:
+            raise NeedsValueError(
+                f"{values[0].cell.what} in a block of `with session.iter(...)` or `session.cond(...)` has a number only "
+                "when the block runs; write `for item in session.iter(...):`"
+            )
+        return session.later(func, args, kwargs)
+    for value in values:
+        value.cell.recorder.force()  # now they are plain tensors
+    for value in values:
+        if isinstance(value, Value):
+            raise not_saved(value.cell)
+    return func(*args, **kwargs)
+
+
 def check_usable(cell: Cell) -> None:
     """A value is of an open block, or of one that waits for the end of its session, and was not in a branch not taken.
 
@@ -320,6 +378,5 @@ def apply_now(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     owner = _owner(values) if values else None
     if owner is not None:
         return owner.apply(function, args, kwargs)
-    for value in values:
-        value.cell.recorder.force()
-    return savable(function(*args, **kwargs))
+    result = _between(function, values, args, dict(kwargs)) if values else function(*args, **kwargs)
+    return savable(result)
