@@ -74,6 +74,7 @@ class Body:
         self.updates: dict[int, fx.Node] = {}
         self.looked: set[str] = set()
         self.mutated: list[Cell] = []
+        self.seen: set[fx.Node] = set()  # values of which more than the operations after them has made use
         self._owner, self._weights, self._demand, self._edited = owner, weights, demand, edited
         self.sizes = sizes
         self._given: dict[int, tuple[fx.Node, torch.Tensor]] = {}
@@ -137,7 +138,9 @@ class Body:
             if not self._is_own(value):
                 value.cell.recorder.force()
         values = list(values_in(arguments))
-        real = dict(zip(map(id, values), self._demand([self.node_of(v) for v in values]), strict=True))
+        nodes = [self.node_of(v) for v in values]
+        self.seen.update(nodes)
+        real = dict(zip(map(id, values), self._demand(nodes), strict=True))
         return map_leaves(lambda x: real[id(x)] if isinstance(x, Value) else x, arguments)
 
     def _attribute(self, func: Any, args: Any) -> Any:
@@ -150,6 +153,7 @@ class Body:
             raise TraceError(".grad of a traced value: gradients inside a trace are not supported yet")
         if name == "shape":
             self._look(args)
+        self.seen.add(args[0].cell.node)
         spec = args[0].cell.spec
         if name == "shape":
             return torch.Size(spec.shape)
@@ -158,6 +162,7 @@ class Body:
     def _look(self, args: Any) -> None:
         """A body that looks at a free size holds for that size alone."""
         for value in filter(self._is_own, values_in(args)):
+            self.seen.add(value.cell.node)
             self.looked |= set(self.sizes) if any(n in self.sizes.values() for n in value.cell.spec.shape) else set()
 
     def _operation(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -217,6 +222,8 @@ class Body:
     def _wrap(self, rule: Rule, node: fx.Node, leaves: list[Any], made: tuple[Any, Tree]) -> Any:
         """Results as values; a result that shares memory with an argument is a view of it."""
         wrapped: list[Any] = []
+        if any(viewed is not None for viewed in rule.views):  # a part that is read, and perhaps used after the block
+            self.seen.add(node)
         for spec, viewed, path in zip(rule.leaves, rule.views, rule.tree.paths(), strict=True):
             if not isinstance(spec, TensorSpec):
                 wrapped.append(spec)

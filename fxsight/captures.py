@@ -75,6 +75,7 @@ class Captures:
         self.artifacts = artifacts or Artifacts()  # compiled regions, for all programs of the module
         self.attached_calls = AttachedCalls()
         self.shared = Now()
+        self.told: dict[Any, Any] = {}  # the warnings that are given once for each line
         self._store = store
         self._unseen: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # attached, unknown to every program
         self._programs: dict[Any, list[Program]] = {}

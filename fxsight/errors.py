@@ -18,7 +18,8 @@
 
     FxsightWarning
     ├── LostEditWarning         an edit that nothing can see
-    └── FirstCallWarning        a plain write where the model is called several times
+    ├── FirstCallWarning        a plain write where the model is called several times
+    └── FirstRowWarning         an index that takes one row of the batch, where it once took a member of a tuple
 
 Each message says the place, the fact, the nearest right names, and the fix.
 """
@@ -101,6 +102,10 @@ class LostEditWarning(FxsightWarning):
 
 class FirstCallWarning(FxsightWarning):
     """A plain write applies to the first of several calls."""
+
+
+class FirstRowWarning(FxsightWarning):
+    """``block.output[0]`` where the model returns one tensor: the first row of the batch, not the hidden states."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

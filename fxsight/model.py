@@ -105,6 +105,16 @@ class Model(View):
         """A block in which shapes and dtypes are known and nothing is run; works without weights."""
         return Scan(self._captures, (args, kwargs), "eager")
 
+    def _view_class(self, module: nn.Module, path: str) -> type[View]:
+        """The class of the view of a module."""
+        views: Any = self._options["views"]
+        if not isinstance(views, Mapping):
+            return views  # type: ignore[no-any-return]
+        found = next((cls for cls in type(module).__mro__ if cls in views), None)
+        ends = [key for key in views if isinstance(key, str) and (path == key or path.endswith(f".{key}"))]
+        key = max(ends, key=len, default=None) if found is None else found
+        return (None if key is None else views[key]) or View
+
     def session(self) -> Session:
         """A block for several traces: values of one are used in the next without saving; they run when it ends."""
         return Session()
@@ -149,16 +159,6 @@ class Model(View):
             return module.get_submodule(path)
         except AttributeError:
             return None
-
-    def _view_class(self, module: nn.Module, path: str) -> type[View]:
-        """The class of the view of a module."""
-        views: Any = self._options["views"]
-        if not isinstance(views, Mapping):
-            return views  # type: ignore[no-any-return]
-        found = next((cls for cls in type(module).__mro__ if cls in views), None)
-        ends = [key for key in views if isinstance(key, str) and (path == key or path.endswith(f".{key}"))]
-        key = max(ends, key=len, default=None) if found is None else found
-        return (None if key is None else views[key]) or View
 
     def _words(self, path: str, module: nn.Module) -> frozenset[str]:
         """What means something else than a child in the view of a module."""

@@ -7,7 +7,6 @@ Nothing is computed.
 from __future__ import annotations
 
 import itertools
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,11 @@ from torch import fx
 from fxsight.address import Address
 from fxsight.body import Body, Demand, Update
 from fxsight.containers import thaw
-from fxsight.errors import LostEditWarning, TraceError, WriteError
+from fxsight.errors import TraceError, WriteError
 from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
-from fxsight.node import Fixed, Origin, origin_of
+from fxsight.lost import stale_edit
+from fxsight.node import Fixed, Origin
 from fxsight.place import Location, Places
 from fxsight.rows import Rows, overlap
 from fxsight.spec import TensorSpec
@@ -92,6 +92,7 @@ class Recorder:
         self.has_warned = False
         self.rows: Rows | None = None
         self.on_edit: Callable[[Location, fx.Node], None] = lambda location, node: None
+        self.on_row: Callable[[Value, int], None] = lambda value, key: None
         self.force: Callable[[], None] = lambda: None
         self.alive: list[weakref.ref[Value]] | None = None  # in a session: what later blocks may use
         self.saved: list[Any] = []
@@ -114,6 +115,8 @@ class Recorder:
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One torch call on values: see ``body``."""
+        if func is torch.Tensor.__getitem__ and type(args[1]) is int:
+            self.on_row(args[0], args[1])
         return self.body.call(func, args, kwargs)
 
     def apply(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -150,6 +153,7 @@ class Recorder:
             return self._whole(location)
         part: Value = self.call(torch.Tensor.narrow, (self._whole(location), dim, self.rows.start, self.rows.count), {})
         part.cell.what = location.address
+        self.body.seen.add(part.cell.node)  # not the user's own
         return part
 
     def _whole(self, location: Location) -> Value:
@@ -220,7 +224,8 @@ class Recorder:
         return value.cell.fake.is_contiguous() if isinstance(value, Value) else value.is_contiguous()
 
     def dress(self, structure: Any, address: Address) -> Any:
-        """A model output or dataclass inside the body: with ``.save()``, and watched for assignments to its members."""
+        """A dict, list, model output or dataclass of the model in a body: with ``.save()``, and watched for assignments
+        to its members."""
         object.__setattr__(structure, "save", partial(self._keep_structure, structure))
         self._dressed.append((structure, list(flatten(structure)[0]), address))
         return structure
@@ -239,8 +244,8 @@ class Recorder:
             now = flatten(structure)[0]
             if len(now) != len(leaves) or any(a is not b for a, b in zip(now, leaves, strict=True)):
                 raise WriteError(
-                    f"a member of {address}:output was assigned, which the model does not see; change it in place "
-                    "(out.logits[:] = ...) or write the whole (model.output = ...)"
+                    f"a member of {address} was assigned, which the model does not see; change it in place "
+                    f"(out.logits[:] = ...) or write the whole (model.{address.port} = ...)"
                 )
 
     # -- writes ------------------------------------------------------------------------------------------------------
@@ -300,10 +305,7 @@ class Recorder:
                 continue
             if state.version != version:
                 self.has_warned = True
-                lost_edit(
-                    f"{self.line()}: this in-place edit changes a value read before {state.location.address} was "
-                    "written again; it has no effect on the model: read the location anew and edit that"
-                )
+                stale_edit(state.location.address, self.line())
                 continue
             if self.rows is not None and self.row_dim(state.location) is None:
                 raise self._shared(state.location)
@@ -322,6 +324,7 @@ class Recorder:
         """What follows is written down and forgotten: nothing of it is done.  Returns: ends the branch."""
         states = {key: replace(state) for key, state in self._states.items()}
         saved, updates, mutated = len(self.saved), dict(self.body.updates), len(self.body.mutated)
+        before = set(self.body.graph.nodes)
         self._branch, self.body.journal = [], []
 
         def leave() -> None:
@@ -332,6 +335,7 @@ class Recorder:
                 vars(state).update(vars(old))
             del self.saved[saved:], self.body.mutated[mutated:]
             self.body.updates = updates
+            self.body.seen |= set(self.body.graph.nodes) - before
             why = "belongs to a branch whose condition was false"
             self._unset.update(dict.fromkeys(self._branch or [], why))
             self._branch = self.body.journal = None
@@ -357,6 +361,7 @@ class Recorder:
         """The forward ends where this value is there: of two stops the earlier."""
         times = [state.location.since for state, _ in cell.root.handles if isinstance(state, State)]
         time = max([*times, *self.needed_times(self.body.current(cell))], default=0.0)
+        self.body.seen.add(cell.node)
         if self._stop is None or time < self._stop.time:
             self._stop = Stop(time, str(cell.what), self.line())
 
@@ -372,7 +377,6 @@ class Recorder:
         """
         self.undress()
         self.saved = [thaw(value) for value in self.saved]
-        self._warn_of_lost_edits(self.asked(()))
 
     def asked(self, wanted: Iterable[Value], kept: Sequence[Save] = ()) -> Intervention:
         """The whole intervention: what was saved, some values besides, and what caches keep."""
@@ -396,18 +400,6 @@ class Recorder:
     def _save(self, value: Any) -> Save:
         leaves, tree = flatten(value)
         return Save(tree, tuple(self.body.node_of(x).name if self._is_result(x) else fixed(x) for x in leaves))
-
-    def _warn_of_lost_edits(self, asked: Intervention) -> None:
-        """An in-place edit of a copy, or of a result, that nothing uses afterwards."""
-        used = {w.value for w in asked.writes} | {x for s in asked.saves for x in s.leaves if isinstance(x, str)}
-        used |= {name for _, name in asked.updates}
-        for root in self.body.mutated:
-            if not root.handles and not root.node.users and root.node.name not in used:
-                self.has_warned = True
-                lost_edit(
-                    f"{origin_of(root.node).user}: this in-place edit is of {root.what}, which nothing reads "
-                    "afterwards; it has no effect on the model: edit the output itself, or write the copy to it"
-                )
 
     def intervention(self, saves: tuple[Save, ...]) -> Intervention:
         """What has been asked for so far."""
@@ -454,12 +446,6 @@ class Recorder:
     def save_of(self, nodes: Sequence[fx.Node]) -> Save:
         """A save of some nodes, as a tuple."""
         return Save(Tree("tuple", "", tuple(range(len(nodes))), (LEAF,) * len(nodes)), tuple(n.name for n in nodes))
-
-
-def lost_edit(message: str) -> None:
-    """Warn at the user's line."""
-    file, _, line = user_line().rpartition(":")
-    warnings.warn_explicit(message, LostEditWarning, file or "<body>", int(line or 0))
 
 
 def fixed(value: Any) -> Fixed:

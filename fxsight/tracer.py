@@ -25,10 +25,12 @@ from fxsight.captures import Captures
 from fxsight.causality import check_causal, check_edit
 from fxsight.context import enter_trace, here, leave_trace
 from fxsight.errors import NeedsValueError, NotExecuted, TraceError, UnknownAddress
+from fxsight.first_row import warn_of_row
 from fxsight.intervention import Save
 from fxsight.invoke import Batch, Invoker
 from fxsight.keep import Asked, Keeper, paths_of
 from fxsight.lines import user_line
+from fxsight.lost import warn_of_lost_edits, warn_of_unused_results
 from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Location, Place, Places
 from fxsight.program import Program
@@ -166,6 +168,7 @@ class Tracer:
             self._places, self._sizes, captures.weight_names, self._demand, captures.weight
         )
         recorder.on_edit = partial(check_edit, recorder)
+        recorder.on_row = partial(warn_of_row, self._captured, captures.module, captures.told)
         session = here().session
         if session is not None:
             recorder.alive, recorder.force = [], session.force
@@ -459,6 +462,8 @@ class Tracer:
         """Compute what was saved, and some values besides; they become plain tensors."""
         recorder, constants = self._written, self._written.constants
         asked = recorder.asked(wanted, self._kept)
+        said = [warn_of_lost_edits(recorder.body, asked), warn_of_unused_results(recorder.body, asked)]
+        recorder.has_warned |= any(said)
         known = [*constants, *self._known.values()]
         shared = self.captures.executable(self._captured, asked, constants, self._tier(), self._use_known())
         self._executable = shared.bound(known, bool(self._known))
@@ -567,6 +572,7 @@ class Scan(Tracer):
     def run(self, wanted: Sequence[Value]) -> None:
         """Nothing is computed: shapes and dtypes alone."""
         recorder = self.recorder
+        warn_of_lost_edits(recorder.body, recorder.asked(wanted, self._kept))
         for keeper in self._keepers:
             keeper.fill(recorder.empty(node) for node in keeper.nodes)
         for value in dict.fromkeys(recorder.results(wanted)):

@@ -132,11 +132,11 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
     if isinstance(value, tuple):
         kind = "namedtuple" if hasattr(cls, "_fields") else "tuple"
         return kind, range(len(value)), value  # pyright: ignore
-    if cls in _LISTS:
+    if cls in _LISTS or (isinstance(value, list) and cls.__module__ == _OURS):
         return "list", range(len(value)), value
     if is_model_output(value):
         return "fields", list(value.keys()), list(value.values())
-    if cls in _DICTS:
+    if cls in _DICTS or (isinstance(value, dict) and cls.__module__ == _OURS):
         return "dict", list(value), list(value.values())
     if is_cache(value):
         return "cache", *_open_cache(value)
@@ -149,6 +149,7 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
 
 _LISTS = (list, immutable_list)  # arguments of fx nodes are immutable ones
 _DICTS = (dict, OrderedDict, immutable_dict)
+_OURS = "fxsight.containers"  # lists and dicts with ``.save()``
 
 
 def is_model_output(value: Any) -> bool:
@@ -172,8 +173,15 @@ def _open_cache(cache: Any) -> tuple[list[str], list[Any]]:
 
 
 def _build_cache(tree: Tree, members: list[Any]) -> Any:
-    pairs = [(members[i], members[i + 1]) for i in range(0, len(members), 2)]
-    return _class(tree)(ddp_cache_data=[pair for pair in pairs if pair[0] is not None])
+    """The cache with these very tensors (its own way to take some, ``update``, would concatenate them)."""
+    cache = _class(tree)()
+    for keys, values in zip(members[::2], members[1::2], strict=True):
+        if keys is not None:
+            layer = cache.layer_class_to_replicate()
+            layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+            layer.is_initialized = True
+            cache.layers.append(layer)
+    return cache
 
 
 def _class(tree: Tree) -> Any:

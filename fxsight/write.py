@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from fxsight.address import Address
 from fxsight.book import Const, Leaf, SizeRef, Structure, Weight
+from fxsight.containers import savable
 from fxsight.errors import WriteError
 from fxsight.place import Location, Place
 from fxsight.record import Recorder
@@ -22,7 +24,7 @@ def present(recorder: Recorder, place: Place, port: str, write: Writer) -> Any:
     """What a body sees at a port: values, in the model's structure; assigning a member of a tuple writes it."""
     structure, found = recorder.places.locations(place, port)
     leaves = [_leaf(recorder, leaf, location, place) for leaf, location in zip(structure.leaves, found, strict=True)]
-    return _build(recorder, structure.tree, leaves, list(found), place, write)
+    return _build(recorder, structure.tree, leaves, list(found), place.address.at(port), write)
 
 
 def _leaf(recorder: Recorder, leaf: Leaf, location: Location | None, place: Place) -> Any:
@@ -47,11 +49,11 @@ def _build(
     tree: Tree,
     leaves: list[Any],
     found: list[Location | None],
-    place: Place,
+    address: Address,
     write: Writer,
 ) -> Any:
-    if tree.kind == "fields" and any(found):
-        return recorder.dress(tree.build(leaves), place.address)
+    if tree.kind in ("fields", "dict", "list") and any(found):
+        return recorder.dress(savable(tree.build(leaves)), address)
     if tree.kind != "tuple" or not any(found):
         return tree.build(leaves)
     parts: list[Any] = []
@@ -59,7 +61,7 @@ def _build(
     at = 0
     for child in tree.children:
         slots.append(found[at : at + child.size])
-        parts.append(_build(recorder, child, leaves[at : at + child.size], slots[-1], place, write))
+        parts.append(_build(recorder, child, leaves[at : at + child.size], slots[-1], address, write))
         at += child.size
     members = Members(parts)
 
@@ -67,7 +69,7 @@ def _build(
         pairs = zip(slots[key], flatten(value)[0], strict=True)
         for location, leaf in pairs:
             if location is None:
-                raise WriteError(f"{place.address}: member {key} is not a tensor and cannot be written")
+                raise WriteError(f"{address.place}: member {key} is not a tensor and cannot be written")
             write(location, _fit(recorder, location, leaf))
 
     members.writer = assign
@@ -158,10 +160,8 @@ def spec_of(leaf: torch.Tensor) -> TensorSpec:
 
 
 def _describe(leaf: Any) -> str:
-    if isinstance(leaf, Value):
-        return f"{leaf.cell.spec} on {leaf.cell.spec.device}"
     if isinstance(leaf, torch.Tensor):
-        return f"{TensorSpec(leaf.dtype, tuple(leaf.shape), ())} on {leaf.device}"
+        return f"{spec_of(leaf)} on {spec_of(leaf).device}"
     return f"a {type(leaf).__name__}"
 
 

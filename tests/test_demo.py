@@ -20,6 +20,7 @@ from rich.console import Console
 import fxsight
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("fxsight", "fxsight/compat", "passes")
 TOUR = ROOT / "docs" / "demo" / "tour.py"
 
 
@@ -141,12 +142,12 @@ def test_the_whole_tour() -> None:
 
 def files_in_the_table() -> list[str]:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    return re.findall(r"^\| `((?:fxsight|passes)/\w+\.py)` \| \S", text, re.MULTILINE)
+    return re.findall(r"^\| `((?:fxsight|fxsight/compat|passes)/\w+\.py)` \| \S", text, re.MULTILINE)
 
 
 def test_the_table_of_files_is_complete() -> None:
     listed = files_in_the_table()
-    there = {f"{folder}/{path.name}" for folder in ("fxsight", "passes") for path in (ROOT / folder).glob("*.py")}
+    there = {f"{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
     assert set(listed) == there
     assert len(listed) == len(set(listed))
 

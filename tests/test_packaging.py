@@ -50,6 +50,7 @@ def test_importing_fxsight_imports_nothing_heavy() -> None:
     done = python("-c", "import fxsight, sys; print(*sorted(sys.modules), sep='\\n')")
     assert done.returncode == 0, done.stderr
     assert {"transformers", "torch._inductor", "torch._dynamo"}.isdisjoint(done.stdout.split())
+    assert "fxsight.compat" not in done.stdout.split()
 
 
 def test_a_wheel_holds_fxsight_and_nothing_else(tmp_path: Path) -> None:
@@ -83,3 +84,6 @@ def test_a_wheel_holds_fxsight_and_nothing_else(tmp_path: Path) -> None:
     code = "import fxsight.passes; print(fxsight.passes.__file__)"
     found = python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
     assert found.stdout == f"{target / 'fxsight' / 'passes' / '__init__.py'}\n", found.stderr
+    code = "import fxsight.compat.nnsight as nnsight; print(nnsight.NNsight.__module__)"
+    found = python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    assert found.stdout == "fxsight.compat.nnsight\n", found.stderr

@@ -675,3 +675,15 @@ def test_inductor_agrees_within_the_stated_tolerance() -> None:
         assert type(compiled) is Tensor
     with torch.no_grad():
         torch.testing.assert_close(tracer.program(_x(7))[0], net[0](_x(7)), rtol=rtol, atol=atol)
+
+
+def test_a_program_with_an_assignment_is_free_in_its_sizes() -> None:
+    def assigned(x: Tensor) -> tuple[Tensor, Any]:
+        with _model().trace(x) as tracer:
+            _model().layers[1].output = _model().layers[0].output * 2
+            out = _model().output.save()
+        return out, tracer.program
+
+    _, program = assigned(torch.randn(3, 6))
+    other = torch.randn(5, 6)
+    assert torch.equal(program(other)[0], assigned(other)[0])

@@ -1,0 +1,1 @@
+"""Code written for other tools, run by fxsight."""
