@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ class Asked:
     """The options of one ``tracer.cache(...)``.
 
     paths: of the modules; None for all.  ports: "output", "inputs" or both.  rows: of the invoke; None for all.
+    line: where it was called.
     device, dtype: of the kept tensors (dtype of floating-point ones); None for what the model has there.
     """
 
@@ -38,6 +39,7 @@ class Asked:
     dtype: torch.dtype | None
     detach: bool
     rows: Rows | None
+    line: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Keeper:
     def _node(self, recorder: Recorder, location: Location) -> fx.Node:
         """The present value at a location, on the device and of the dtype that are asked for."""
         if recorder.rows is None and self._asked.device is None and self._asked.dtype is None:
-            return recorder.node_at(location)
+            return recorder.node_at(location, self._asked.line)
         value: torch.Tensor = recorder.read(location)
         if self._asked.device is not None and value.device != self._asked.device:
             value = value.to(self._asked.device)
@@ -155,12 +157,12 @@ def paths_of(modules: Any, root: nn.Module) -> frozenset[str] | None:
     """
     if modules is None:
         return None
-    single = isinstance(modules, str) or hasattr(modules, "address")
-    return frozenset(_path_of(module, root) for module in ([modules] if single else modules))
-
-
-def _path_of(module: Any, root: nn.Module) -> str:
     known = {key_of(path): part for path, part in root.named_modules(remove_duplicate=False)}
+    single = isinstance(modules, str) or hasattr(modules, "address")
+    return frozenset(_path_of(module, known) for module in ([modules] if single else modules))
+
+
+def _path_of(module: Any, known: Mapping[str, nn.Module]) -> str:
     if isinstance(module, str):
         key = next((k for k in (module, key_of(module)) if k in known), None)
         if key is None:

@@ -161,9 +161,9 @@ class Recorder:
         what, spec = location.address, self._spec(location)
         return self.value(Cell(self, spec, state.node, what, self.line(), handles=[(state, state.version)]))
 
-    def node_at(self, location: Location) -> fx.Node:
-        """The present value at a location, of all rows: its node."""
-        return self._state(location).node
+    def node_at(self, location: Location, line: str) -> fx.Node:
+        """The present value at a location, of all rows: its node.  line: the user's that asks for it."""
+        return self._state(location, line).node
 
     def row_dim(self, location: Location) -> int | None:
         """The dimension of a location that counts the rows of the batch, inside an invoke; None where all share it.
@@ -204,11 +204,11 @@ class Recorder:
             state.location = find(state.location)
         self._states = {state.location.key: state for state in self._states.values()}
 
-    def _state(self, location: Location) -> State:
+    def _state(self, location: Location, line: str = "") -> State:
         state = self._states.get(location.key)
         if state is None:
             node = self.body.graph.placeholder(f"read_{len(self._states)}")
-            node.meta.update(spec=self._spec(location), origin=Origin(user=self.line(), made_by="body"))
+            node.meta.update(spec=self._spec(location), origin=Origin(user=line or self.line(), made_by="body"))
             state = self._states[location.key] = State(location, node, node.name)
         if not self.in_dead_branch and self.rows not in state.used:
             state.used.append(self.rows)

@@ -292,7 +292,7 @@ class Tracer:
         rows = None if self._recorder is None else self._recorder.rows
         where = None if device is None else torch.empty(0, device=device).device  # "cuda" is the present "cuda:n"
         kept = tuple(port for port, wanted in ports if wanted)
-        asked = Asked(paths_of(modules, root), kept, where, dtype, detach, rows)
+        asked = Asked(paths_of(modules, root), kept, where, dtype, detach, rows, user_line())
         cache = Cache()
         if self._recorder is not None and self._recorder.in_dead_branch:
             cache.void("it belongs to a branch whose condition was false")
