@@ -270,3 +270,43 @@ def test_sizes_that_fit_in_an_unknown_way() -> None:
         "/aten_glu_0: aten.glu.default cannot be opened: its sizes batch, width fit in a way that is not known before "
         "it runs"
     )
+
+
+def test_a_size_that_tracing_fixes() -> None:
+    program = program_of(
+        """
+        x: 'input 0'                    # f32[length, batch, 4]
+        h: 'input 1'                    # f32[1, batch, 4]
+        w: 'weight w'                   # f32[4, 4]
+        rnn = aten.rnn_tanh.input(x, h, [w, w], False, 1, 0.0, False, False, False)  # (f32[length, batch, 4], f32[1])
+        out = operator.getitem(rnn, 0)  # f32[length, batch, 4]
+        return (out,)
+        """
+    )
+    with pytest.raises(fxsight.UnknownAddress) as error:
+        _opened(program, "/aten_rnn_tanh_0")
+    reason = "it is made in another way for each length"
+    assert str(error.value) == f"/aten_rnn_tanh_0: aten.rnn_tanh.input cannot be opened: {reason}"
+
+
+def test_a_condition_on_a_size_that_only_running_tells() -> None:
+    program = program_of(
+        """
+        x: 'input 0'                           # f32[batch, 8]
+        found = aten.view.default(x, [8, -1])  # f32[8, known_later]
+        out = aten.matmul.default(found, x)    # f32[8, 8]
+        wide = aten.unsqueeze.default(found, 0)  # f32[1, 8, known_later]
+        last = aten.matmul.default(wide, x)    # f32[1, 8, 8]
+        return (last,)
+        """
+    )
+    with pytest.raises(fxsight.UnknownAddress) as error:
+        _opened(program, "/aten_matmul_1")
+    reason = "it is made in this way for Eq(batch, known_later) alone, which is only known when it runs"
+    assert str(error.value) == f"/aten_matmul_1: aten.matmul.default cannot be opened: {reason}"
+
+
+def test_nothing_inside_has_an_address_before_it_is_opened(mixed: Program) -> None:
+    with pytest.raises(fxsight.UnknownAddress) as error:
+        Places(mixed, SourceReader()).find(Address.parse("/aten_gelu_0/torch_erf_0"))
+    assert str(error.value) == "/aten_gelu_0: one operator, which has not been opened"
