@@ -101,7 +101,7 @@ class Session:
         used = [value for tracer in self._waiting for value in tracer.needed]
         for tracer in list(self._waiting):
             self._held(tracer).clear()
-            tracer.run([value for value in used if isinstance(value, Value) and value.cell.recorder is tracer.recorder])
+            tracer.run([value for value in used if type(value) is Value and value.cell.recorder is tracer.recorder])
             tracer.forget()
             self._waiting.remove(tracer)
 

@@ -18,13 +18,13 @@ from typing import Any, Protocol, cast
 import torch
 
 from fxsight import _torch
-from fxsight.body import GRADIENTS, NUMBERS
+from fxsight.body import GRADIENTS
 from fxsight.errors import InputError
 from fxsight.lines import user_line
 from fxsight.run import Executable
 from fxsight.spec import TensorSpec
 from fxsight.tree import flatten
-from fxsight.value import Cell, Ended, Members, Value, keep, shaped
+from fxsight.value import NUMBERS, Cell, Ended, Members, Value, keep, shaped
 
 WAYS = 256  # kept after one statement; a body whose numbers vary more is recorded each time
 
