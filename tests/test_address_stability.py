@@ -1,4 +1,4 @@
-"""The addresses that browsing lists: they parse as they print, in any process and at any size of the inputs the same."""
+"""The addresses that browsing lists: they parse as they print, and no process or size of the inputs changes them."""
 
 from __future__ import annotations
 
