@@ -218,8 +218,8 @@ def _between(func: Any, values: list[Value], args: Any, kwargs: Any) -> Any:
     if session is not None and session.is_written_down:
         if getattr(func, "__name__", "") in NUMBERS:
             raise NeedsValueError(
-                f"{values[0].cell.what} in a block of `with session.iter(...)` or `session.cond(...)` has a number only "
-                "when the block runs; write `for item in session.iter(...):`"
+                f"{values[0].cell.what} in a block of `with session.iter(...)` or `session.cond(...)` has a number "
+                "only when the block runs; write `for item in session.iter(...):`"
             )
         return session.later(func, args, kwargs)
     for value in values:
