@@ -115,6 +115,8 @@ class Body:
             raise TraceError(f"{name} changes several tensors in place; write one call for each")
         if func is torch.autograd.grad:
             raise TraceError("torch.autograd.grad of a traced value: gradients inside a trace are not supported yet")
+        if name == "__array_wrap__":  # what numpy has made of a value
+            return self._with_numbers(func, args, kwargs)
         if name in NUMBERS:
             return func(*self.numbers(args), **self.numbers(kwargs))
         if name in (

@@ -9,6 +9,14 @@ from typing import Any
 from fxsight.record import Recorder
 
 
+class Stopped(BaseException):
+    """Ends one block, of a trace, of a session or of a branch not taken; never seen outside it."""
+
+    def __init__(self, block: object) -> None:
+        super().__init__("the block is stopped")
+        self.block = block
+
+
 class Branch:
     """One such block. In a branch not taken nothing is computed for a condition inside it."""
 
@@ -22,6 +30,8 @@ class Branch:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._leave is not None:
-            self._leave()
+    ) -> bool | None:
+        if self._leave is None:
+            return None
+        self._leave()
+        return (isinstance(error, Stopped) and error.block is self._recorder) or None

@@ -359,6 +359,8 @@ class Recorder:
 
     def stop(self, cell: Cell) -> None:
         """The forward ends where this value is there: of two stops the earlier."""
+        if self.in_dead_branch:
+            return
         times = [state.location.since for state, _ in cell.root.handles if isinstance(state, State)]
         time = max([*times, *self.needed_times(self.body.current(cell))], default=0.0)
         self.body.seen.add(cell.node)

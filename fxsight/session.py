@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NoReturn
 
+from fxsight.branch import Stopped
 from fxsight.containers import thaw
 from fxsight.context import enter_session, here, leave_session
 from fxsight.errors import TraceError
 from fxsight.item import Elements, Item, evaluate
 from fxsight.loop import Condition, Loop, Statement
-from fxsight.tracer import Stopped, Tracer
+from fxsight.tracer import Tracer
 from fxsight.value import Value, values_in
 
 
@@ -98,7 +99,7 @@ class Session:
     def _finish(self) -> None:
         for value in self._kept:
             self.refer(thaw(value))
-        used = [value for tracer in self._waiting for value in tracer.needed]
+        used: list[Any] = [value for tracer in self._waiting for value in tracer.needed]
         for tracer in list(self._waiting):
             self._held(tracer).clear()
             tracer.run([value for value in used if type(value) is Value and value.cell.recorder is tracer.recorder])
@@ -163,8 +164,16 @@ class Session:
         """A block of traces and statements that counts only if the condition holds."""
         return Condition(self, condition)
 
-    def exit(self) -> NoReturn:
-        """End the session here: the traces so far run, what comes after is not done."""
+    def exit(self) -> None:
+        """End the session here: the traces so far run, what comes after is not done.
+
+        In a block of ``with session.iter(...)`` or ``session.cond(...)``: when the block runs and comes here.
+        """
+        for trace in here().traces:
+            trace.check_alive()
+        self.do(self._exit)
+
+    def _exit(self, now: Elements) -> NoReturn:
         raise Stopped(self)
 
 

@@ -19,7 +19,7 @@ from torch import fx
 from fxsight.address import Address
 from fxsight.at import At
 from fxsight.become import become
-from fxsight.branch import Branch
+from fxsight.branch import Branch, Stopped
 from fxsight.cache import Cache
 from fxsight.captures import Captures
 from fxsight.causality import check_causal, check_edit
@@ -261,7 +261,13 @@ class Tracer:
 
     def stop(self) -> NoReturn:
         """End the block here: what comes after it in the block is not done, and nothing only it needs is run."""
+        self.check_alive()
         raise Stopped(self)
+
+    def check_alive(self) -> None:
+        """In a branch not taken: end the branch, where something asks for the end of the block or of the session."""
+        if self._recorder is not None and self._recorder.in_dead_branch:
+            raise Stopped(self._recorder)
 
     def log(self, *values: Any) -> None:
         """Print values, now; numbers that are needed for it are computed now."""
@@ -549,14 +555,6 @@ def _inside(address: Address, outer: Address) -> bool:
         )
     below = address.module.startswith(f"{outer.module}." if outer.module else "") and address.module != outer.module
     return below or (address.module == outer.module and bool(address.steps))
-
-
-class Stopped(BaseException):
-    """Ends one block, a trace's or a session's; never seen outside it."""
-
-    def __init__(self, block: object) -> None:
-        super().__init__("the block is stopped")
-        self.block = block
 
 
 class Scan(Tracer):

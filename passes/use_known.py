@@ -44,6 +44,8 @@ class UseKnown(Pass):
                     binding = Binding("constant", numbers[mark])
                     made[mark] = editor.placeholder(f"known_{numbers[mark]}", binding, node.meta["spec"])
                 editor.replace(node, made[mark])
+                if is_random(node):  # it has drawn
+                    editor.erase(node)
 
 
 def fingerprints(graph: fx.Graph, known: UseKnown | None = None) -> Mapping[str, str]:

@@ -33,7 +33,7 @@ class Fold(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         folded: Tensor = self.inner(x.flatten(0, 1))
-        return folded.unflatten(0, (x.shape[0], x.shape[1]))
+        return folded.view(x.shape[0], x.shape[1], -1)
 
 
 class Swap(nn.Module):
@@ -50,6 +50,7 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.pair, self.fold, self.swap = nn.Linear(6, 6), Pair(), Fold(), Swap()
         self.act, self.last = nn.ReLU(), nn.Linear(6, 6)
+        self.table: Tensor
         self.register_buffer("table", torch.arange(24.0).reshape(4, 6) / 24)
         self.scale = nn.Identity()
 
@@ -224,7 +225,7 @@ def test_different_edits_in_one_forward() -> None:
     net = _net()
     x = net.first(ALL)
     x = torch.cat([x[:2] * 3, x[2:3].clone().index_fill_(1, torch.tensor([0]), 1.0), x[3:] * x[3:]])
-    x = net.fold(x * 2 + (net.table + 1).sum(0))  # type: ignore[operator]
+    x = net.fold(x * 2 + (net.table + 1).sum(0))
     x = net.swap(x).transpose(0, 1)
     tanh, act = torch.tanh(x), net.act(x)
     tanh[2:3], act[3:] = 0.25, 2.0
@@ -254,7 +255,7 @@ def test_members_of_a_tuple() -> None:
 
     expected, (pair,) = _hooks(Edit("pair", "output", "inplace", edit), Read("pair", "output"))
     assert torch.equal(a, expected[:2]) and torch.equal(b, expected[2:3]) and torch.equal(c, expected[3:])
-    assert number == 7 and torch.equal(kept[0], pair[3:]) and torch.equal(kept[1], _net().table + 1)  # type: ignore[operator]
+    assert number == 7 and torch.equal(kept[0], pair[3:]) and torch.equal(kept[1], _net().table + 1)
 
 
 def test_the_same_location_edited_again_and_again() -> None:
@@ -422,7 +423,7 @@ def test_what_has_no_rows_can_be_read_in_every_invoke_and_written_outside() -> N
     x = torch.cat([A, B])
     hidden = _net().fold(_net().first(x) * 2)
     hidden = _net().swap(hidden).transpose(0, 1)
-    assert torch.equal(table, _net().table + 1)  # type: ignore[operator]
+    assert torch.equal(table, _net().table + 1)
     assert torch.equal(out, _net().last(torch.tanh(hidden) + _net().act(hidden)))
 
 
@@ -668,7 +669,7 @@ def test_a_stop_in_an_invoke_ends_the_block() -> None:
             a = _model().output.save()
         with tracer.invoke(B):
             tracer.stop()
-            raise AssertionError("what follows is not done")
+            a[:] = 0
     assert torch.equal(a, _hooks(x=torch.cat([A, B]))[0][:2])
 
 
