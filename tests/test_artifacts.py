@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fxsight import artifacts
 from fxsight.artifacts import Artifacts, environment
 from fxsight.canonical import Canonical, canonical
+from fxsight.folder import digest
 from fxsight.regions import cut
 from fxsight.testing import program_of
 
@@ -121,7 +122,7 @@ def test_what_is_damaged_or_foreign_is_made_again(
     data = damage(file.read_bytes())
     file.write_bytes(data)
     if is_renamed:
-        file = file.rename(folder / f"{file.name[:40]}-{artifacts.digest(data)[:16]}.region")
+        file = file.rename(folder / f"{file.name[:40]}-{digest(data)[:16]}.region")
     kept = Artifacts(folder, op_by_op)
     torch.testing.assert_close(answer(kept), EXPECTED)
     assert (kept.made, kept.read) == (1, 0) and not file.exists()

@@ -75,7 +75,8 @@ def traced(net: nn.Module, x: Tensor, edit: Edit | None = None, artifacts: Artif
         if edit is not None:
             edit(model)
         model.output.save()
-    return tracer.program
+    program: Executable = tracer.program
+    return program
 
 
 def stack(depth: int = 4) -> nn.Module:
