@@ -31,7 +31,7 @@ def _compilation(bench: Bench) -> Iterator[Table]:
     tasks: list[tuple[str, str, str, str]] = [
         (f"{small}, by regions, cold", "regions", small, "a"),
         (f"{small}, by regions, from disk", "regions", small, "a"),
-        (f"{small}, by regions, steered", "inductor", small, "a"),
+        (f"{small}, by regions, steered", "steered", small, "a"),
         (f"{small}, in one piece, cold", "whole", small, "b"),
         *(
             (f"{depth} layers of width 64, by regions, cold", "regions", f"deep{depth}", str(depth))
@@ -41,7 +41,7 @@ def _compilation(bench: Bench) -> Iterator[Table]:
     found: dict[str, list[Numbers]] = {}
     with TemporaryDirectory(prefix="fxsight-bench-") as folder:
         for own in ("a", "b", "12", "48"):  # what the first compilation on a machine does, for each folder
-            start(Path(sys.executable), "regions", bench.options, f"{folder}/{own}", "layers")
+            start(Path(sys.executable), "regions", bench.options, f"{folder}/{own}", "kernel")
         for title, task, model, own in tasks:
             say(f"regions: {title}")
             found[title] = [start(Path(sys.executable), task, bench.options, f"{folder}/{own}", model)]
