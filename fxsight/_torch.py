@@ -224,7 +224,9 @@ def compile_graph(module: torch.fx.GraphModule, example: list[Any]) -> Callable[
 def save_compiled(compiled: Any, path: str) -> None:
     """Write what ``compile_graph`` made into a file.
 
-    Reason: ``CompiledArtifact`` is documented, its home is private (2.8+).  Raises: RuntimeError where it cannot.
+    Reason: ``CompiledArtifact`` is documented, its home is private (2.8+).
+
+    Raises: RuntimeError, AttributeError where it cannot be written.
     """
     compiled.save(path=path, format="binary")
 

@@ -32,6 +32,7 @@ from fxsight.spec import Spec, TensorSpec
 
 FORMAT = 1
 KEPT = 256  # artifacts in memory
+Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +49,15 @@ class Artifact:
 class Artifacts:
     """Compiled regions: those in memory, those in a folder, and new ones.
 
-    folder: None for memory alone.  made, read: how many were compiled here, how many came from disk.
+    folder: None for memory alone.  compiler: makes a function of a graph with fake values and its fake inputs.
+    limit: how many are kept in memory.  made, read: how many were compiled here, how many came from disk.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path | None = None, compiler: Compiler = _torch.compile_graph, limit: int = KEPT
+    ) -> None:
         self.made = self.read = 0
+        self._compiler, self._limit = compiler, limit
         self._files = None if folder is None else Folder(folder, ".region", "compiled regions")
         self._kept: OrderedDict[str, Artifact] = OrderedDict()
 
@@ -72,15 +77,15 @@ class Artifacts:
             found = self._compile(region)
         self._kept[key] = found
         self._kept.move_to_end(key)
-        if len(self._kept) > KEPT:
+        if len(self._kept) > self._limit:
             self._kept.popitem(last=False)
         return found
 
     def _compile(self, region: Canonical) -> Artifact:
         module, example, results = traced(region)
         if not any(isinstance(spec, TensorSpec) for spec in results):
-            return Artifact(module.forward, results)  # a few sizes: nothing to compile
-        compiled = _torch.compile_graph(module, example)
+            return Artifact(module.forward, results)  # sizes, or a buffer's update: nothing to fuse
+        compiled = self._compiler(module, example)
         self.made += 1
         if self._files is not None:
             self._keep(self._files, region, compiled, results)
@@ -94,7 +99,7 @@ class Artifacts:
                 path = Path(folder) / "compiled"
                 _torch.save_compiled(compiled, str(path))
                 data = path.read_bytes()
-        except (RuntimeError, OSError):
+        except (RuntimeError, AttributeError, OSError):
             return
         files.write(_name(region), json.dumps(header).encode() + b"\n" + data)
 

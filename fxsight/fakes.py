@@ -26,7 +26,10 @@ class Fakes:
         self._symbols = {symbol(name): _torch.size_expr(size) for name, size in made.items()}
 
     def of(self, spec: Spec) -> Any:
-        """The fake value of a tensor or size; tensors have memory of their own."""
+        """The fake value of a tensor or size; tensors have memory of their own.
+
+        Raises: InputError for a size that depends on numbers.
+        """
         if isinstance(spec, SizeSpec):
             return self._number(spec.expr)
         assert isinstance(spec, TensorSpec), f"no fake value for {spec}"
@@ -41,7 +44,10 @@ class Fakes:
     def _number(self, dim: Any) -> Any:
         if isinstance(dim, int):
             return dim
-        return _torch.symbolic_number(self.mode, dim.xreplace(self._symbols), number(dim, self._sizes))
+        try:
+            return _torch.symbolic_number(self.mode, dim.xreplace(self._symbols), number(dim, self._sizes))
+        except InputError as error:
+            raise _needs_numbers(error) from error
 
 
 class Untraceable(Exception):
@@ -64,8 +70,10 @@ def propagate(module: fx.GraphModule, mode: Any, example: Sequence[Any]) -> list
         with torch.no_grad(), mode:
             return list(Propagate(module).run(*example))
     except _torch.NeedsData as error:
-        raise InputError(
-            f"the inductor tier needs sizes that only running the model tells: {error}; use backend='eager'"
-        ) from error
+        raise _needs_numbers(error) from error
     except Exception as error:
         raise Untraceable from error
+
+
+def _needs_numbers(error: Exception) -> InputError:
+    return InputError(f"the inductor tier needs sizes that only running the model tells: {error}; use backend='eager'")

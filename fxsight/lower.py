@@ -63,7 +63,7 @@ class Lowering:
     """
 
     def __init__(self, program: Program, tier: Tier, fixed: Mapping[str, int], artifacts: Artifacts) -> None:
-        self.tier = tier
+        self.tier: Tier = tier
         self.calls = 0
         self.is_whole = False
         self._program, self._fixed, self._artifacts = program, dict(fixed), artifacts

@@ -10,13 +10,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from tests.bench import models
 
-Trace = Callable[[], Any]
+Trace = Callable[..., Any]
 
 
 def _cpu() -> float:
@@ -55,6 +56,29 @@ def _inductor(net: Any, ids: torch.Tensor) -> Trace:
     return trace
 
 
+def _regions(net: Any, ids: torch.Tensor, is_steered: bool = False) -> Trace:
+    """The last rows of the output saved, and a block steered; captured already: the first call is the compilation."""
+    model = importlib.import_module("fxsight.model").Model(net, cache=True)
+
+    def trace(backend: str = "inductor") -> Any:
+        with model.trace(ids, backend=backend) as tracer:
+            if is_steered:
+                model.transformer.h[0].output += models.direction(net)
+            (model.lm_head if hasattr(net, "lm_head") else model).output[:, -1].save()
+        return tracer.program
+
+    trace("eager")
+    return trace
+
+
+def _whole(net: Any, ids: torch.Tensor) -> Trace:
+    """The same in one piece."""
+    program = _regions(net, ids)("eager")
+    whole = type(program)(program.program, net, [], "inductor", {})
+    whole.compile_whole()
+    return lambda: whole(ids)
+
+
 def _nnsight(net: Any, ids: torch.Tensor) -> Trace:
     model = importlib.import_module("nnsight").NNsight(net)
 
@@ -85,6 +109,9 @@ def _compile(net: Any, ids: torch.Tensor) -> Trace:
 TASKS: dict[str, tuple[str, Callable[[Any, torch.Tensor], Trace]]] = {
     "fxsight": ("fxsight.model", _fxsight),
     "inductor": ("fxsight.model", _inductor),
+    "regions": ("fxsight.model", _regions),
+    "steered": ("fxsight.model", partial(_regions, is_steered=True)),
+    "whole": ("fxsight.model", _whole),
     "nnsight": ("nnsight", _nnsight),
     "export": ("torch", _export),
     "bare": ("torch", _bare),
@@ -96,8 +123,8 @@ def main() -> None:
     task, name, clock = sys.argv[1:]
     now = _cpu if clock == "cpu" else time.perf_counter
     package, make = TASKS[task]
-    net: Any = models.LANGUAGE[name]()
-    ids = models.tokens(net, 2, 16)
+    net: Any = models.MODELS[name]()
+    ids = models.rows() if name == "kernel" else models.tokens(net, 2, 16)
     importing = _timed(lambda: importlib.import_module(package), now)
     trace = make(net, ids)
     first, second = _timed(trace, now), _timed(trace, now)

@@ -4,6 +4,7 @@ Imported by the nnsight worker, too: torch and transformers only.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,9 +44,7 @@ def _language_model(**sizes: int | None) -> nn.Module:
 
 def toy() -> nn.Module:
     """T2's model: two layers of width 64, 128 tokens, GPT-2's architecture."""
-    return _language_model(
-        n_layer=2, n_embd=64, n_head=4, vocab_size=128, n_positions=64, bos_token_id=None, eos_token_id=None
-    )
+    return deep(2)
 
 
 def gpt2() -> nn.Module:
@@ -53,7 +52,25 @@ def gpt2() -> nn.Module:
     return _language_model()
 
 
+def kernel() -> nn.Module:
+    """A layer and GELU: the smallest for which Inductor writes a kernel."""
+    return _frozen(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()))
+
+
+def deep(depth: int) -> nn.Module:
+    """T2's model with as many layers."""
+    return _language_model(
+        n_layer=depth, n_embd=64, n_head=4, vocab_size=128, n_positions=64, bos_token_id=None, eos_token_id=None
+    )
+
+
 LANGUAGE: Mapping[str, Callable[[], nn.Module]] = {"toy": toy, "gpt2": gpt2}
+MODELS: Mapping[str, Callable[[], nn.Module]] = {
+    **LANGUAGE,
+    "kernel": kernel,
+    "deep12": partial(deep, 12),
+    "deep48": partial(deep, 48),
+}
 
 
 def rows() -> Tensor:

@@ -31,9 +31,9 @@ def _capture(bench: Bench) -> Iterator[Table]:
             ]
             for title, task, interpreter in tasks:
                 say(f"capture: {title}, start {number + 1}")
-                found.setdefault(title, []).append(_start(interpreter, task, options, folder))
+                found.setdefault(title, []).append(start(interpreter, task, options, folder))
     note = f"Medians of {starts} start(s). Import: the tool, after torch and transformers. The call reads one block."
-    yield Table(f"First call in a fresh process, {_named(options)}", COLUMNS, _rows(found), note)
+    yield Table(f"First call in a fresh process, {_named(options)}", COLUMNS, table_rows(found), note)
 
 
 def _compilation(bench: Bench) -> Iterator[Table]:
@@ -47,8 +47,8 @@ def _compilation(bench: Bench) -> Iterator[Table]:
     with TemporaryDirectory(prefix="fxsight-bench-") as folder:
         for title, task in tasks:
             say(f"compile: {title}")
-            found[title] = [_start(Path(sys.executable), task, options, f"{folder}/{task}")]
-    yield Table(f"Compiling {_named(options)}", COLUMNS, _rows(found), COMPILE_NOTE)
+            found[title] = [start(Path(sys.executable), task, options, f"{folder}/{task}")]
+    yield Table(f"Compiling {_named(options)}", COLUMNS, table_rows(found), COMPILE_NOTE)
 
 
 COMPILE_NOTE = "One start each. A block steered, the last logits saved; captured before, so the first call compiles."
@@ -58,12 +58,12 @@ def _named(options: Options) -> str:
     return "T2's toy transformer" if options.quick else "GPT-2 small"
 
 
-def _start(python: Path, task: str, options: Options, cache: str) -> Numbers:
+def start(python: Path, task: str, options: Options, cache: str, model: str = "") -> Numbers:
     """One process; raises CalledProcessError, showing its messages, when it fails."""
     more = {"FXSIGHT_CACHE_DIR": f"{cache}/fxsight", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
     if options.cpu_time:
         more["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool, whose processes outlive the measurement
-    settings = [task, "toy" if options.quick else "gpt2", "cpu" if options.cpu_time else "wall"]
+    settings = [task, model or ("toy" if options.quick else "gpt2"), "cpu" if options.cpu_time else "wall"]
     command = [str(python), "-m", "tests.bench.fresh", *settings]
     env = environment(options.threads, **more)
     done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=-1, text=True)
@@ -71,7 +71,8 @@ def _start(python: Path, task: str, options: Options, cache: str) -> Numbers:
     return numbers
 
 
-def _rows(found: dict[str, list[Numbers]]) -> list[list[str]]:
+def table_rows(found: dict[str, list[Numbers]]) -> list[list[str]]:
+    """A row for each title: medians over its starts."""
     return [
         [title, *_cells({key: median(n[key] for n in starts) for key in starts[0]})] for title, starts in found.items()
     ]
