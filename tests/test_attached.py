@@ -236,6 +236,7 @@ def test_before_the_call(model: Model) -> None:
         _ = model.l0.attachment.output
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing uses the result")
 def test_values_are_those_of_one_block(model: Model) -> None:
     with model.trace(_x()):
         model.spare(model.l0.output)

@@ -356,6 +356,7 @@ def test_a_value_used_after_its_block(use: str) -> None:
     _misuse(lambda: AFTER[use](value), NotSavedError, message)
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing uses the result")
 def test_a_result_used_after_its_block() -> None:
     def body() -> None:
         with _model().trace(_x()):

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 import fxsight
+from fxsight.branch import Stopped as EarlyStopException
 from fxsight.cache import Cache as CacheDict
 from fxsight.containers import bool as bool
 from fxsight.containers import bytearray as bytearray
@@ -34,7 +35,6 @@ from fxsight.model import Model
 from fxsight.model import apply as apply
 from fxsight.model import save as save
 from fxsight.session import Session
-from fxsight.tracer import Stopped as EarlyStopException
 from fxsight.tracer import Tracer
 from fxsight.view import View
 
