@@ -512,7 +512,7 @@ OPERATORS: dict[str, Callable[[Any, Tensor], Any]] = {
     "complex": lambda x, c: torch.complex(x, c).real,
     "take_along": lambda x, c: torch.take_along_dim(x, x.argmax(1, keepdim=True), 1),
     "iadd of a result": lambda x, c: x.clone().add_(c).mul_(2),
-    "zip": lambda x, c: [a + b for a, b in zip(x, c, strict=True)][1],
+    "zip": lambda x, c: torch.stack([a + b for a, b in zip(x, c, strict=True)])[1],
     "in": lambda x, c: torch.isin(x.round(), torch.tensor([0.0, 1.0])),
 }
 
