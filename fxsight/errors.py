@@ -16,7 +16,8 @@
 
     FxsightWarning
     ├── LostEditWarning         an edit that nothing can see
-    └── FirstCallWarning        a plain write where the model is called several times
+    ├── FirstCallWarning        a plain write where the model is called several times
+    └── SweepWarning            a sweep that ended before all its cells were done
 
 Each message says the place, the fact, the nearest right names, and the fix.
 """
@@ -89,6 +90,10 @@ class LostEditWarning(FxsightWarning):
 
 class FirstCallWarning(FxsightWarning):
     """A plain write applies to the first of several calls."""
+
+
+class SweepWarning(FxsightWarning):
+    """A sweep was interrupted; what is done is kept."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

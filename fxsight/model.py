@@ -12,8 +12,11 @@ from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.containers import Saved
 from fxsight.errors import TraceError
+from fxsight.grid import Grid
+from fxsight.plan import Plan
 from fxsight.session import Session
 from fxsight.store import Store
+from fxsight.sweep import plan_sweep
 from fxsight.tracer import BACKENDS, Scan, Tracer
 
 
@@ -256,6 +259,27 @@ class Model(View):
     def scan(self, *args: Any, **kwargs: Any) -> Scan:
         """A block in which shapes and dtypes are known and nothing is run; works without weights."""
         return Scan(self._captures, (args, kwargs), "eager")
+
+    def plan(self, body: Any, *args: Any, mode: str = "exact", **kwargs: Any) -> Plan:
+        """How ``sweep`` would compute it: ``print(plan)`` shows what is shared and what it costs; ``plan.run()``."""
+        return plan_sweep(self._captures, body, args, kwargs, mode)
+
+    def sweep(self, body: Any, *args: Any, mode: str = "exact", progress: bool = True, **kwargs: Any) -> Grid:
+        """One body for every cell of a grid: ``body(layer=..., position=...)`` reads and writes values of this model.
+
+            def patch(layer, position):
+                model.h[layer].input[:, position] = clean[layer][:, position]
+                return model.output[:, -1, right] - model.output[:, -1, wrong]
+
+            grid = model.sweep(patch, x, layer=range(12), position=range(15))
+
+        args, kwargs: of the model, the same in all cells; those with the name of a parameter of the body are axes: any
+        collection, a tensor by its first dimension, or a dict of labels and values. No gradients are kept.
+        mode: "exact": every cell bitwise as if traced alone.  progress: a line on stderr while it takes long.
+
+        Raises: what the body raises, with a note that names the cell; TraceError where cells return different things.
+        """
+        return self.plan(body, *args, mode=mode, **kwargs).run(progress)
 
     def session(self) -> Session:
         """A block for several traces: values of one are used in the next without saving; they run when it ends."""
