@@ -24,13 +24,16 @@ from fxsight.errors import InputError as InputError
 from fxsight.errors import NotCached as NotCached
 from fxsight.errors import NotExecuted as NotExecuted
 from fxsight.errors import NotSavedError as NotSavedError
+from fxsight.errors import SweepWarning as SweepWarning
 from fxsight.errors import TraceError as TraceError
 from fxsight.errors import UnknownAddress as UnknownAddress
 from fxsight.errors import WriteError as WriteError
+from fxsight.grid import Grid as Grid
 from fxsight.model import Model as Model
 from fxsight.model import apply as apply
 from fxsight.model import save as save
 from fxsight.model import session as session
+from fxsight.plan import Plan as Plan
 from fxsight.program import Program as Program
 from fxsight.rewrite import Pass as Pass
 from fxsight.rewrite import Pipeline as Pipeline

@@ -51,8 +51,19 @@ def is_random(node: fx.Node) -> bool:
     if isinstance(target, _torch.OpOverload):
         if target is torch.ops.aten.dropout.default:
             return bool(node.args[2]) and bool(node.args[1] != 0)
-        return torch.Tag.nondeterministic_seeded in target.tags
+        return torch.Tag.nondeterministic_seeded in target.tags and not _drops_nothing(target, node)
     return getattr(target, "__name__", "") in _RANDOM
+
+
+def _drops_nothing(target: _torch.OpOverload, node: fx.Node) -> bool:
+    """Whether an operator that would draw for its dropout, as attention does, is called without any."""
+    for number, argument in enumerate(_torch.schema(target).arguments):
+        if argument.name == "dropout_p":
+            given = (
+                node.args[number] if number < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+            )
+            return isinstance(given, (int, float)) and bool(given == 0)
+    return False
 
 
 _RANDOM = frozenset(

@@ -19,7 +19,8 @@
     FxsightWarning
     ├── LostEditWarning         an edit that nothing can see
     ├── FirstCallWarning        a plain write where the model is called several times
-    └── FirstRowWarning         an index that takes one row of the batch, where it once took a member of a tuple
+    ├── FirstRowWarning         an index that takes one row of the batch, where it once took a member of a tuple
+    └── SweepWarning            a sweep that ended before all its cells were done
 
 Each message says the place, the fact, the nearest right names, and the fix.
 """
@@ -106,6 +107,10 @@ class FirstCallWarning(FxsightWarning):
 
 class FirstRowWarning(FxsightWarning):
     """``block.output[0]`` where the model returns one tensor: the first row of the batch, not the hidden states."""
+
+
+class SweepWarning(FxsightWarning):
+    """A sweep was interrupted; what is done is kept."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

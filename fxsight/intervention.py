@@ -11,6 +11,7 @@ It is the thing that is woven, cached by, printed, kept by edits and sent: there
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import fx
 
 from fxsight.node import Fixed
 from fxsight.place import Location
-from fxsight.spec import TensorSpec
+from fxsight.spec import SizeSpec, TensorSpec
 from fxsight.targets import argument_text, target_name
 from fxsight.text import spec_text
 from fxsight.tree import Tree
@@ -61,7 +62,7 @@ class Intervention:
 
     graph: fx.Graph
     reads: tuple[Read, ...]
-    constants: tuple[tuple[str, TensorSpec], ...]
+    constants: tuple[tuple[str, TensorSpec | SizeSpec], ...]
     weights: tuple[tuple[str, str], ...]
     writes: tuple[Write, ...]
     saves: tuple[Save, ...]
@@ -76,10 +77,16 @@ class Intervention:
 
     def __str__(self) -> str:
         """One line per read, operation, write and save, with the shapes it was recorded at."""
+        return self.text(lambda node: (node.args, node.kwargs))
+
+    def text(self, arguments: Callable[[fx.Node], tuple[Any, Any]]) -> str:
+        """The same with other arguments for the operations."""
         names = {name: f"constant {i}" for i, (name, _) in enumerate(self.constants)}
         names |= {name: f"weight {weight}" for name, weight in self.weights}
         names |= {read.name: f"read {read.location.address}" for read in self.reads}
-        lines = [f"{n.name} = {_row(n, names)}    # {spec_text(n.meta.get('spec'))}" for n in self.graph.nodes]
+        lines = [
+            f"{n.name} = {_row(n, names, arguments)}    # {spec_text(n.meta.get('spec'))}" for n in self.graph.nodes
+        ]
         lines += [f"{w.location.address} {'<<' if w.in_place else '<-'} {w.value}" for w in self.writes]
         lines += [f"constant {number} << {value}" for number, value in self.updates]
         lines += [
@@ -88,9 +95,9 @@ class Intervention:
         return "\n".join([*lines, *(f"for {name} = {value}" for name, value in self.sizes)])
 
 
-def _row(node: fx.Node, names: dict[str, str]) -> str:
+def _row(node: fx.Node, names: Mapping[str, str], arguments: Callable[[fx.Node], tuple[Any, Any]]) -> str:
     if node.op == "placeholder":
         return names[node.name]
-    arguments: list[Any] = [argument_text(a) for a in node.args]
-    arguments += [f"{k}={argument_text(v)}" for k, v in node.kwargs.items()]
-    return f"{target_name(node.target)}({', '.join(arguments)})"
+    args, kwargs = arguments(node)
+    shown = [argument_text(a) for a in args] + [f"{k}={argument_text(v)}" for k, v in kwargs.items()]
+    return f"{target_name(node.target)}({', '.join(shown)})"

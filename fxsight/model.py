@@ -12,10 +12,13 @@ from fxsight.artifacts import Artifacts
 from fxsight.captures import Captures
 from fxsight.containers import Saved
 from fxsight.errors import RenameError, TraceError, nearest
+from fxsight.grid import Grid
 from fxsight.methods import Method
+from fxsight.plan import Plan
 from fxsight.rename import Aliases, Rename
 from fxsight.session import Session
 from fxsight.store import Store
+from fxsight.sweep import plan_sweep
 from fxsight.tracer import BACKENDS, Scan, Tracer
 from fxsight.view import View, words
 
@@ -105,15 +108,26 @@ class Model(View):
         """A block in which shapes and dtypes are known and nothing is run; works without weights."""
         return Scan(self._captures, (args, kwargs), "eager")
 
-    def _view_class(self, module: nn.Module, path: str) -> type[View]:
-        """The class of the view of a module."""
-        views: Any = self._options["views"]
-        if not isinstance(views, Mapping):
-            return views  # type: ignore[no-any-return]
-        found = next((cls for cls in type(module).__mro__ if cls in views), None)
-        ends = [key for key in views if isinstance(key, str) and (path == key or path.endswith(f".{key}"))]
-        key = max(ends, key=len, default=None) if found is None else found
-        return (None if key is None else views[key]) or View
+    def plan(self, body: Any, *args: Any, mode: str = "exact", **kwargs: Any) -> Plan:
+        """How ``sweep`` would compute it: ``print(plan)`` shows what is shared and what it costs; ``plan.run()``."""
+        return plan_sweep(self._captures, body, args, kwargs, mode)
+
+    def sweep(self, body: Any, *args: Any, mode: str = "exact", progress: bool = True, **kwargs: Any) -> Grid:
+        """One body for every cell of a grid: ``body(layer=..., position=...)`` reads and writes values of this model.
+
+            def patch(layer, position):
+                model.h[layer].input[:, position] = clean[layer][:, position]
+                return model.output[:, -1, right] - model.output[:, -1, wrong]
+
+            grid = model.sweep(patch, x, layer=range(12), position=range(15))
+
+        args, kwargs: of the model, the same in all cells; those with the name of a parameter of the body are axes: any
+        collection, a tensor by its first dimension, or a dict of labels and values. No gradients are kept.
+        mode: "exact": every cell bitwise as if traced alone.  progress: a line on stderr while it takes long.
+
+        Raises: what the body raises, with a note that names the cell; TraceError where cells return different things.
+        """
+        return self.plan(body, *args, mode=mode, **kwargs).run(progress)
 
     def session(self) -> Session:
         """A block for several traces: values of one are used in the next without saving; they run when it ends."""

@@ -9,7 +9,7 @@ from fxsight.passes.expand_mutations import ExpandMutations
 from fxsight.passes.skip_overwritten import SkipOverwritten
 from fxsight.passes.use_known import UseKnown
 from fxsight.passes.weave import Weave
-from fxsight.rewrite import Between, Pipeline
+from fxsight.rewrite import Between, Pass, Pipeline, Together
 
 
 def pipeline_for(asked: Intervention, known: UseKnown | None = None, between: Between | None = None) -> Pipeline:
@@ -31,3 +31,8 @@ def pipeline_for(asked: Intervention, known: UseKnown | None = None, between: Be
 def demand_pipeline(asked: Intervention, known: UseKnown | None = None) -> Pipeline:
     """The same up to where a body's in-place calls are still values: what is computed now can be used again."""
     return Pipeline(Weave(asked), *([known] if known is not None else []), SkipOverwritten(), DropUnused())
+
+
+def cell_pass(asked: Intervention) -> Pass:
+    """The same up to where order begins to matter: for one cell of a sweep, whose program is then cut into parts."""
+    return Together((Weave(asked), SkipOverwritten(), DropUnused(), EraseBoundaries()))

@@ -52,9 +52,10 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def __call__(self) -> None:
-        """A tick: draws when it is time to; costs a look at the clock otherwise."""
+    def __call__(self, title: str = "") -> None:
+        """A tick: draws when it is time to; costs a look at the clock otherwise.  title: from now on."""
         now = self._clock()
+        self._title = title or self._title
         if now >= self._next:
             self._next = now + EVERY
             self._draw(now - self._start)

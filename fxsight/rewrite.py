@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fxsight.editor import Editor
+from fxsight.effects import schedule
 from fxsight.program import Program
 from fxsight.verify import verify
 
@@ -49,6 +50,25 @@ class Pass(ABC):
     def __call__(self, program: Program) -> Program:
         """The rewritten program."""
         return self.apply(program).program
+
+
+@dataclass(frozen=True)
+class Together(Pass):
+    """Several passes as one: one copy of the graph, one check of the result, one line in the history.
+
+    passes: the first may leave the graph in any order; the others keep the order they find.
+    """
+
+    passes: tuple[Pass, ...]
+
+    def rewrite(self, editor: Editor) -> None:
+        """One after the other."""
+        first, *others = self.passes
+        first.rewrite(editor)
+        schedule(editor.graph)
+        editor.keeps_order = True
+        for step in others:
+            step.rewrite(editor)
 
 
 Between = Callable[[Pass, Rewritten], None]

@@ -1,0 +1,215 @@
+"""Many cells as few parts: what is the same in all of them runs once, the rest once for each that differs.
+
+The cells of one *group* have one program and differ in its constants. A *part* of it is all that depends on the same
+varying constants: what depends on none is shared, with other groups, too (``numbering``); what depends on the first
+axis alone runs once for each of its values; and so on. Every operator stays what it was, on the values it had: the
+numbers are those of each cell's own run, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxsight import _torch
+from fxsight.cost import Sizes, bytes_of
+from fxsight.extract import extract
+from fxsight.node import Binding
+from fxsight.numbering import Depends, Numbering, dependence, value_numbers
+from fxsight.program import Program
+from fxsight.run import Executable
+
+Constants = Sequence[Any]  # of one cell: the user's tensors, then the numbers that vary
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A piece of a group's program.
+
+    depends: the constants it depends on, of those that vary.  takes, gives: numbers of values.
+    """
+
+    executable: Executable
+    depends: tuple[int, ...]
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+
+    @property
+    def program(self) -> Program:
+        """What it runs."""
+        return self.executable.program
+
+    def held(self, sizes: Sizes) -> dict[int, int]:
+        """Memory of what it gives, in bytes."""
+        pairs = zip(self.gives, self.program.results, strict=True)
+        return {value: bytes_of(node.meta["spec"], sizes) for value, node in pairs}
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Cells with one program.
+
+    program: a cell's, whole.  cells: their numbers.  constants: of each.  parts: in order, the shared one first.
+    results: values that a cell saves.  last: shared values that no later group needs.
+    """
+
+    program: Program
+    cells: tuple[int, ...]
+    constants: tuple[Constants, ...]
+    parts: tuple[Part, ...]
+    results: tuple[int, ...]
+    last: frozenset[int]
+
+    @property
+    def shared(self) -> list[Part]:
+        """What all its cells have in common, and perhaps those of later groups."""
+        return [part for part in self.parts if not part.depends]
+
+    @property
+    def own(self) -> list[Part]:
+        """What differs from cell to cell."""
+        return [part for part in self.parts if part.depends]
+
+    def keys(self, part: Part) -> list[tuple[Hashable, ...]]:
+        """For each cell what the part depends on: cells with equal keys share its values."""
+        return [tuple(identity(constants[k]) for k in part.depends) for constants in self.constants]
+
+
+def identity(constant: Any) -> Hashable:
+    """Equal for constants that are the same: one number, or the same view of the same memory."""
+    if not isinstance(constant, torch.Tensor):
+        return type(constant), str(constant)
+    memory = _torch.storage_key(constant)
+    if memory is None:
+        return id(constant)
+    kind = (constant.dtype, constant.is_conj(), constant.is_neg())
+    return memory, constant.storage_offset(), tuple(constant.shape), constant.stride(), kind
+
+
+# -- making ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """Cells with one program that has not been cut yet."""
+
+    program: Program
+    cells: tuple[int, ...]
+    constants: tuple[Constants, ...]
+
+    @property
+    def varies(self) -> Depends:
+        """The constants that are not the same in all cells."""
+        columns = [list(map(identity, column)) for column in zip(*self.constants, strict=True)]
+        return frozenset(i for i, column in enumerate(columns) if any(x != column[0] for x in column))
+
+
+class _Draft:
+    """One group while all are being cut."""
+
+    def __init__(self, alike: Alike, number: int, numbering: Numbering, done: set[int]) -> None:
+        self.alike = alike
+        graph, varies = alike.program.graph, alike.varies
+        self.numbers = value_numbers(graph, numbering, lambda b: self._given(b, number, varies), number)
+        self.results = tuple(self.numbers[node] for node in alike.program.results)
+        self.pieces: dict[Depends, dict[fx.Node, None]] = {}
+        for node, depends in dependence(graph, varies).items():
+            runs = node.op == "call_function" or (node.op == "placeholder" and node in alike.program.results)
+            if runs and self.numbers[node] not in done:
+                self.pieces.setdefault(depends, {})[node] = None
+        done |= {self.numbers[node] for node in self.pieces.get(frozenset(), ())}
+
+    def _given(self, binding: Binding, number: int, varies: Depends) -> Hashable:
+        if binding.kind != "constant":
+            return str(binding)
+        key = int(binding.key)
+        return ("cell", number, key) if key in varies else ("constant", identity(self.alike.constants[0][key]))
+
+    def outside(self, piece: Mapping[fx.Node, None]) -> list[fx.Node]:
+        """What a piece takes of others."""
+        sources = dict.fromkeys(a for node in piece for a in node.all_input_nodes)
+        return [a for a in sources if a.op == "call_function" and a not in piece]
+
+    def wanted(self, piece: Mapping[fx.Node, None], needed: set[int]) -> dict[int, fx.Node]:
+        """What a piece gives to others: each value once."""
+        return {self.numbers[node]: node for node in reversed(list(piece)) if self.numbers[node] in needed}
+
+    @property
+    def needs(self) -> set[int]:
+        """The values that pass between pieces, or are saved."""
+        crossing = {self.numbers[a] for piece in self.pieces.values() for a in self.outside(piece)}
+        return crossing | set(self.results)
+
+
+def cut(groups: Sequence[Alike], module: nn.Module) -> list[Group]:
+    """The groups in parts. Programs are those before in-place calls are written out (``cell_pass``)."""
+    numbering, done = Numbering(), set[int]()
+    drafts = [_Draft(alike, number, numbering, done) for number, alike in enumerate(groups)]
+    last = {value: number for number, draft in enumerate(drafts) for value in draft.needs}
+    return [_group(draft, number, last, module) for number, draft in enumerate(drafts)]
+
+
+def _group(draft: _Draft, number: int, last: Mapping[int, int], module: nn.Module) -> Group:
+    ordered = sorted(draft.pieces.items(), key=lambda pair: (len(pair[0]), sorted(pair[0])))
+    parts = [_part(draft, depends, piece, set(last), module) for depends, piece in ordered]
+    over = frozenset(value for value, group in last.items() if group == number)
+    kept = tuple(part for part in parts if part.gives)
+    return Group(draft.alike.program, draft.alike.cells, draft.alike.constants, kept, draft.results, over)
+
+
+def _part(draft: _Draft, depends: Depends, piece: Mapping[fx.Node, None], needed: set[int], module: nn.Module) -> Part:
+    wanted = draft.wanted(piece, needed)
+    given = draft.outside(piece)
+    first = len(draft.alike.constants[0])
+    taken = extract(draft.alike.program, piece, given, tuple(wanted.values()), first)
+    return Part(
+        Executable(taken, module, [], "eager", {}),
+        tuple(sorted(depends)),
+        tuple(draft.numbers[node] for node in given),
+        tuple(wanted),
+    )
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+Values = dict[int, Any]
+
+
+def run_groups(groups: Sequence[Group], leaves: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
+    """Cell by cell, its number and what it saves: tensors that others may share, to be copied.
+
+    leaves: of the inputs.
+    """
+    shared: Values = {}
+    for group in groups:
+        yield from _run_group(group, leaves, shared)
+        for value in group.last & shared.keys():
+            del shared[value]
+
+
+def _run_group(group: Group, leaves: Sequence[Any], shared: Values) -> Iterator[tuple[int, list[Any]]]:
+    for part in group.shared:
+        shared.update(_run_part(part, leaves, group.constants[0], shared))
+    keys = [group.keys(part) for part in group.own]
+    ends = [{key: at for at, key in enumerate(column)} for column in keys]
+    kept: dict[tuple[int, Hashable], Values] = {}
+    for at, (cell, constants) in enumerate(zip(group.cells, group.constants, strict=True)):
+        values = dict(shared)
+        for number, part in enumerate(group.own):
+            key = (number, keys[number][at])
+            if key not in kept:
+                kept[key] = _run_part(part, leaves, constants, values)
+            values.update(kept[key])
+        yield cell, [values[result] for result in group.results]
+        for number, column in enumerate(keys):
+            if ends[number][column[at]] == at:
+                del kept[number, column[at]]
+
+
+def _run_part(part: Part, leaves: Sequence[Any], constants: Constants, values: Values) -> Values:
+    results = part.executable.run(leaves, [*constants, *(values[value] for value in part.takes)])
+    return dict(zip(part.gives, results, strict=True))
