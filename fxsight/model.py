@@ -174,6 +174,16 @@ class Model(View):
         except AttributeError:
             return None
 
+    def _view_class(self, module: nn.Module, path: str) -> type[View]:
+        """The class of the view of a module."""
+        views: Any = self._options["views"]
+        if not isinstance(views, Mapping):
+            return views  # type: ignore[no-any-return]
+        found = next((cls for cls in type(module).__mro__ if cls in views), None)
+        ends = [key for key in views if isinstance(key, str) and (path == key or path.endswith(f".{key}"))]
+        key = max(ends, key=len, default=None) if found is None else found
+        return (None if key is None else views[key]) or View
+
     def _words(self, path: str, module: nn.Module) -> frozenset[str]:
         """What means something else than a child in the view of a module."""
         return words(self._view_class(module, path) if path else type(self))
