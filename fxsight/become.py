@@ -22,4 +22,6 @@ def become(value: Value, tensor: torch.Tensor) -> None:
     except RuntimeError:  # something else refers to this very tensor (a view of it): swap with a view, too
         swap(value, plain.view_as(plain))
     tensor_now: Any = value
-    tensor_now.value = value.view_as(value)  # another tensor of the same memory: no cycle
+    # Another tensor of the same memory, so that there is no cycle; a view would keep it alive for ever, so with a graph
+    # behind it it is the value itself.
+    tensor_now.value = value if value.requires_grad else value.detach()

@@ -11,6 +11,7 @@ import inspect
 import keyword
 import operator
 import re
+import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -88,6 +89,7 @@ def _fits(program: Program, leaves: Sequence[Any]) -> bool:
     return True
 
 
+_ONE_AT_A_TIME = threading.RLock()  # torch.export has state that all threads share
 OnTick = Callable[[], None] | None
 Shapes = tuple[dict[int, Any], ...]
 
@@ -110,6 +112,7 @@ def _export(
     flat: _Flat, tensors: tuple[torch.Tensor, ...], shapes: Shapes, patched: bool
 ) -> torch.export.ExportedProgram:
     with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(_torch.honest_sizes())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # a capture draws nothing from the user's numbers
         if patched:

@@ -7,6 +7,7 @@ the sizes they hold for.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ class Captures:
     def __init__(self, module: nn.Module, store: Store | None) -> None:
         self.module = module
         self.reader = SourceReader()
+        self.lock = threading.RLock()  # while it is captured, a module has no weights of its own
         self.made = 0  # captures made here, neither found in memory nor on disk
         self.latest: Program | None = None  # the program asked for last: what browsing outside a trace shows
         self._store = store
@@ -62,6 +64,10 @@ class Captures:
 
         Raises: CaptureError; TraceError for inputs that are values of another trace.
         """
+        with self.lock:
+            return self._find(args, kwargs)
+
+    def _find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, dict[str, int]]:
         leaves, tree = flatten((args, dict(kwargs)))
         key = (tree, tuple(map(_signature, leaves)), settings(self.module), _ambient())
         known = self._programs.setdefault(key, [])
@@ -111,17 +117,22 @@ class Captures:
         Raises: CausalityError.
         """
         if known is not None:  # values of this very trace: nothing to keep
-            return Executable(pipeline_for(asked, known)(program), self.module, constants, tier, dict(asked.sizes))
+            return self._bound(pipeline_for(asked, known)(program), constants, tier, asked)
         key = (id(program), asked.key, tier)
         found = self._executables.get(key)
         if found is None:
             finished = pipeline_for(asked)(program)
-            found = Executable(finished, self.module, constants, tier, dict(asked.sizes))
+            found = self._bound(finished, constants, tier, asked)
             self._executables[key] = found
             if len(self._executables) > KEPT:
                 self._executables.popitem(last=False)
         self._executables.move_to_end(key)
         return found
+
+    def _bound(
+        self, program: Program, constants: Sequence[torch.Tensor], tier: Tier, asked: Intervention
+    ) -> Executable:
+        return Executable(program, self.module, constants, tier, dict(asked.sizes), self.lock)
 
     def opened(self, program: Program, address: Address) -> Program:
         """The program with what is fused above the address opened; remembered.
@@ -140,9 +151,11 @@ class Captures:
             found = self._places[id(program)] = Places(program, self.reader)
         return found
 
-    def demanded(self, program: Program, asked: Intervention, known: UseKnown | None) -> Program:
+    def demanded(
+        self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], known: UseKnown | None
+    ) -> Executable:
         """The program of an intervention that needs numbers at once; in-place calls still written as values."""
-        return demand_pipeline(asked, known)(program)
+        return self._bound(demand_pipeline(asked, known)(program), constants, "eager", asked)
 
     def weight(self, name: str) -> torch.Tensor:
         """A parameter or buffer of the module by name."""
@@ -150,11 +163,15 @@ class Captures:
 
     def weight_names(self) -> Mapping[int, str]:
         """Names of the module's parameters and buffers by ``id``."""
-        pairs = [
+        with self.lock:
+            pairs = self._weights()
+        return {id(tensor): name for name, tensor in reversed(pairs)}
+
+    def _weights(self) -> list[tuple[str, torch.Tensor]]:
+        return [
             *self.module.named_parameters(remove_duplicate=False),
             *self.module.named_buffers(remove_duplicate=False),
         ]
-        return {id(tensor): name for name, tensor in reversed(pairs)}
 
 
 def _signature(leaf: Any) -> Any:

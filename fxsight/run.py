@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class Executable:
     """A finished program bound to a module: call it with inputs, get the saves in order.
 
     Prints as its program. ``tier`` says how it runs: "eager" is bitwise the module's own numbers, "inductor" within
-    ``lower.TOLERANCE``.
+    ``lower.TOLERANCE``. lock: held while the weights are looked up; another thread may be capturing the module.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class Executable:
         constants: Sequence[torch.Tensor],
         tier: Tier,
         fixed: Mapping[str, int],
+        lock: AbstractContextManager[object] | None = None,
     ) -> None:
         self.program, self.module, self.tier = program, module, tier
         self.constants = list(constants)
         self.decided = False
+        self._lock = nullcontext() if lock is None else lock
         self.fixed = dict(fixed)
         self._fetch = [
             self._fetcher(b.kind, b.key) for b in program.bindings.values() if b.kind in ("weight", "literal")
@@ -103,9 +106,10 @@ class Executable:
         return keeping(self.program)(*self._arguments(leaves, constants))
 
     def _arguments(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> list[Any]:
-        fetched = iter(self._fetch)
+        with self._lock:
+            fetched = iter([fetch() for fetch in self._fetch])
         return [
-            leaves[key] if kind == "input" else constants[key] if kind == "constant" else next(fetched)()  # type: ignore[index]
+            leaves[key] if kind == "input" else constants[key] if kind == "constant" else next(fetched)  # type: ignore[index]
             for kind, key in self._order
         ]
 

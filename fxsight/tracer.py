@@ -329,6 +329,10 @@ class Tracer:
 
     def run(self, wanted: Sequence[Value]) -> None:
         """Compute what was saved, and some values besides; they become plain tensors."""
+        self._run(wanted)
+        self._forget()
+
+    def _run(self, wanted: Sequence[Value]) -> None:
         recorder, constants = self.recorder, self.recorder.constants
         asked = recorder.asked(wanted)
         known = [*constants, *self._known.values()]
@@ -349,7 +353,7 @@ class Tracer:
         captured, sizes = self.captures.find(*call)
         if self._executable is None and captured is self._base:
             self.recorder.move(self._places, sizes)
-            return self.run(wanted)
+            return self._run(wanted)
         fixed = self.program.fixed if self._executable is not None else {}
         if captured is not self._base or self._known or any(sizes[s] != n for s, n in fixed.items()):
             raise TraceError(
@@ -357,6 +361,14 @@ class Tracer:
                 "numbers; write `for item in session.iter(...):`"
             )
         return self._fill(self.program.run(flatten(call)[0], self.recorder.constants))
+
+    def _forget(self) -> None:
+        """Let go of the numbers on the way and of the results: what nobody else holds is free at once."""
+        if self._known:
+            self._executable = self.program.bound([], True)
+        self._known.clear()
+        self._results.clear()
+        self.recorder.saved.clear()
 
     def _fill(self, results: Sequence[torch.Tensor]) -> None:
         """Each saved value becomes its tensor, each tensor of the user's that was changed its new value."""
@@ -377,8 +389,8 @@ class Tracer:
         """The numbers of some nodes, now."""
         recorder, constants = self.recorder, self.recorder.constants
         asked, known = recorder.intervention((recorder.save_of(nodes),)), self._use_known()
-        program = self.captures.demanded(self._captured, asked, known)
-        executable = Executable(program, self.captures.module, constants, "eager", {})
+        executable = self.captures.demanded(self._captured, asked, constants, known)
+        program = executable.program
         values = executable.run_keeping(self.inputs, [*constants, *self._known.values()])
         results = [values[node.name] for node in program.results[: len(nodes)]]
         for name, mark in fingerprints(program.graph, known).items():
