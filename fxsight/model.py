@@ -11,10 +11,12 @@ from torch import nn
 from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.containers import Saved
+from fxsight.context import here
 from fxsight.errors import TraceError
 from fxsight.session import Session
 from fxsight.store import Store
 from fxsight.tracer import BACKENDS, Scan, Tracer
+from fxsight.tree import flatten
 
 
 class View:
@@ -265,6 +267,8 @@ class Model(View):
 def save(value: Any) -> Any:
     """Keep every value in a structure: after the block they are plain tensors.  Returns: the structure.
 
+    In a session a value may have become a plain tensor already, where a number was needed: it is kept as it is.
+
     Raises: NotSavedError for a value of a block that has ended; TraceError when there is no value in it.
     """
     from fxsight.containers import thaw
@@ -275,6 +279,8 @@ def save(value: Any) -> Any:
         check_usable(leaf.cell)
     if not values and isinstance(value, Saved):
         return value.save()
+    if not values and here().session is not None and any(isinstance(x, torch.Tensor) for x in flatten(value)[0]):
+        return value  # computed already, for a number
     if not values:
         raise TraceError("nothing to save: no value of a trace in it")
     for recorder in {id(leaf.cell.recorder): leaf.cell.recorder for leaf in values}.values():

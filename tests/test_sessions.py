@@ -131,6 +131,19 @@ def test_saved_before_and_after() -> None:
     assert torch.equal(early, _out("layers.1")) and type(early) is Tensor
 
 
+def test_saved_after_a_number_was_needed() -> None:
+    """What waits has run then, and is a plain tensor in the middle of the session: `fxsight.save` takes it, too."""
+    model = _model()
+    with model.session():
+        with model.trace(_x()):
+            hidden = model.layers[0].output
+            number = model.layers[1].output.sum().item()
+        total = hidden.sum().item()
+        kept = fxsight.save({"h": hidden, "twice": hidden * 2})
+    assert number == _out("layers.1").sum().item() and total == _out("layers.0").sum().item()
+    assert torch.equal(kept["h"], _out("layers.0")) and torch.equal(kept["twice"], _out("layers.0") * 2)
+
+
 def test_containers_of_a_session() -> None:
     model = _model()
     with model.session() as session:
