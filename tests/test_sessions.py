@@ -57,6 +57,10 @@ def _put(path: str, value: Tensor) -> Edit:
     return Edit(path, "output", "assign", lambda live: value)
 
 
+def _never() -> None:
+    raise AssertionError("what follows is not done")
+
+
 # ------------------------------------------------------------------------------------------------------------ values
 
 
@@ -265,7 +269,7 @@ def test_exit() -> None:
         with model.trace(_x()):
             kept = model.layers[0].output.save()
         session.exit()
-        raise AssertionError("what follows is not done")
+        _never()
     assert torch.equal(kept, _out("layers.0"))
 
 
@@ -662,7 +666,7 @@ def test_r3_exit_in_conditions_and_loops() -> None:
             seen.append(item)
             with loop.cond(item == 1):
                 session.exit()
-        raise AssertionError("what follows is not done")
+        _never()
     assert list(seen) == [0, 1]
 
 
