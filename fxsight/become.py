@@ -21,5 +21,7 @@ def become(value: Value, tensor: torch.Tensor) -> None:
         _torch.swap(value, plain)
     except RuntimeError:  # something else refers to this very tensor (a view of it): swap with a view, too
         _torch.swap(value, plain.view_as(plain))
-    now: Any = value  # ``value.value`` is another tensor of the same memory, so that there is no cycle
-    now.value = value.view_as(value) if value.requires_grad else value.detach()
+    now: Any = value
+    # Another tensor of the same memory, so that there is no cycle; a view would keep it alive for ever, so with a graph
+    # behind it it is the value itself.
+    now.value = value if value.requires_grad else value.detach()

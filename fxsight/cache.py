@@ -185,7 +185,7 @@ class CachedModule:
         calls = self._cache.calls(self._key)
         if len(calls) > 1:
             raise NotCached(f"{self._key} was called {_times(len(calls))}: write .call(n), or cache[{self._key!r}][n]")
-        return calls[0]
+        return calls[0]  # pyright: ignore
 
     def call(self, n: int) -> Entry:
         """Its call number ``n`` (0 is the first)."""

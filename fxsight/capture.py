@@ -6,6 +6,7 @@ same order as the module, so that its numbers are the module's own, bit for bit.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ def _misfit(program: Program, leaves: Sequence[Any]) -> InputError | None:
     return None
 
 
+_ONE_AT_A_TIME = threading.RLock()  # torch.export has state that all threads share
 OnTick = Callable[[], None] | None
 Shapes = tuple[dict[int, Any], ...]
 
@@ -142,6 +144,7 @@ def _plans(module: nn.Module, tensors: list[torch.Tensor]) -> Iterator[Plan]:
 
 def _export(flat: _Flat, plan: Plan) -> torch.export.ExportedProgram:
     with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(_torch.honest_sizes())
         stack.enter_context(_torch.quiet_export())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # a capture draws nothing from the user's numbers

@@ -8,6 +8,7 @@ apart by the sizes they hold for.
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Captures:
         self.module = module
         self.method = "forward"
         self.reader = SourceReader()
+        self.lock = threading.RLock()  # while it is captured, a module has no weights of its own
         self.latest: Program | None = None  # the program asked for last: what browsing outside a trace shows
         self.artifacts = artifacts or Artifacts()  # compiled regions, for all programs of the module
         self.attached_calls = AttachedCalls()
@@ -108,6 +110,10 @@ class Captures:
 
         Raises: CaptureError; TraceError for inputs that are values of another trace.
         """
+        with self.lock:
+            return self._find(args, kwargs)
+
+    def _find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, dict[str, int]]:
         leaves, tree = flatten((args, dict(kwargs)))
         key = self._key(tree, leaves)
         known = self._programs.setdefault(key, [])
@@ -168,6 +174,10 @@ class Captures:
 
         Raises: as ``find``.
         """
+        with self.lock:
+            return self._quick(args, kwargs)
+
+    def _quick(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Found:
         leaves = [*args, *kwargs.values()]
         same = kinds(leaves)
         if same is None:
@@ -216,7 +226,7 @@ class Captures:
     def _executable(
         self, finished: Program, asked: Intervention, constants: Sequence[torch.Tensor], tier: Tier
     ) -> Executable:
-        return Executable(finished, self.module, constants, tier, dict(asked.sizes), self.artifacts)
+        return Executable(finished, self.module, constants, tier, dict(asked.sizes), self.artifacts, self.lock)
 
     def opened(self, program: Program, address: Address) -> Program:
         """The program with what is fused above the address opened; remembered.
@@ -235,9 +245,11 @@ class Captures:
             found = self._places[id(program)] = Places(program, self.reader)
         return found
 
-    def demanded(self, program: Program, asked: Intervention, known: UseKnown | None) -> Program:
+    def demanded(
+        self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], known: UseKnown | None
+    ) -> Executable:
         """The program of an intervention that needs numbers at once; in-place calls still written as values."""
-        return demand_pipeline(asked, known)(program)
+        return self._executable(demand_pipeline(asked, known)(program), asked, constants, "eager")
 
     def weight(self, name: str) -> torch.Tensor:
         """A parameter or buffer of the module by name."""
@@ -245,7 +257,8 @@ class Captures:
 
     def weight_names(self) -> Mapping[int, str]:
         """Names of the module's parameters and buffers by ``id``."""
-        return self.watched().names
+        with self.lock:
+            return self.watched().names
 
 
 def _signature(leaf: Any) -> Any:

@@ -6,11 +6,13 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxsight.artifacts import Artifacts
 from fxsight.captures import Captures
 from fxsight.containers import Saved
+from fxsight.context import here
 from fxsight.errors import RenameError, TraceError, nearest
 from fxsight.grid import Grid
 from fxsight.methods import Method
@@ -20,6 +22,7 @@ from fxsight.session import Session
 from fxsight.store import Store
 from fxsight.sweep import plan_sweep
 from fxsight.tracer import BACKENDS, Scan, Tracer
+from fxsight.tree import flatten
 from fxsight.view import View, words
 
 Views = type[View] | Mapping[type[nn.Module] | str, type[View] | None]
@@ -230,13 +233,18 @@ def _wrapped(cls: type[Model], module: nn.Module, options: Mapping[str, Any]) ->
 def save(value: Any) -> Any:
     """Keep every value in a structure: after the block they are plain tensors.  Returns: the structure.
 
+    In a session a value may have become a plain tensor already, where a number was needed: it is kept as it is.
+
     Raises: NotSavedError for a value of a block that has ended; TraceError when there is no value in it.
     """
     from fxsight.value import keep, values_in
 
     if isinstance(value, Saved):
         return value.save()
-    if next(values_in(value), None) is None:
+    values = list(values_in(value))
+    if not values and here().session is not None and any(isinstance(x, torch.Tensor) for x in flatten(value)[0]):
+        return value  # computed already, for a number
+    if not values:
         raise TraceError("nothing to save: no value of a trace in it")
     keep(value)
     return value

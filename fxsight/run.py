@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Executable:
     """A finished program bound to a module: call it with inputs, get the saves in order.
 
     Prints as its program. ``tier`` says how it runs: "eager" is bitwise the module's own numbers, "inductor" within
-    ``lower.TOLERANCE``.
+    ``lower.TOLERANCE``. lock: held while the weights are looked up; another thread may be capturing the module.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class Executable:
         tier: Tier,
         fixed: Mapping[str, int],
         artifacts: Artifacts | None = None,
+        lock: AbstractContextManager[object] | None = None,
     ) -> None:
         self.program, self.module = program, module
         self.constants = list(constants)
         self.decided = False
+        self._lock = nullcontext() if lock is None else lock
         self.fixed = dict(fixed)
         bindings = list(enumerate(program.bindings.values()))
         self._places: list[Any] = [program.literals.get(str(b.key)) for _, b in bindings]
@@ -124,7 +127,9 @@ class Executable:
 
     def _arguments(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> list[Any]:
         arguments = self._places.copy()
-        for place, weight in zip(self._weight_places, self._weights(), strict=True):
+        with self._lock:
+            weights = self._weights()
+        for place, weight in zip(self._weight_places, weights, strict=True):
             arguments[place] = weight
         for place, key in self._inputs:
             arguments[place] = leaves[key]

@@ -105,8 +105,12 @@ class Tracer:
     def forget(self) -> None:
         """Nothing of the run is kept alive by values that were not saved, nor by the tracer."""
         self._batch, self.asked_call = Batch([], grows=False), None
+        if self._known:
+            self._executable = self.program.bound([], True) if self._executable is not None else None
         self._known.clear()
         if self._recorder is not None:
+            self._results: list[Value] = []
+            self._recorder.saved.clear()
             self._recorder.body.forget()
 
     def _end(self, walk: Walk) -> None:
@@ -519,8 +523,8 @@ class Tracer:
         """The numbers of some nodes, now."""
         recorder, constants = self._written, self._written.constants
         asked, known = recorder.intervention((recorder.save_of(nodes),)), self._use_known()
-        program = self.captures.demanded(self._captured, asked, known)
-        executable = Executable(program, self.captures.module, constants, "eager", {})
+        executable = self.captures.demanded(self._captured, asked, constants, known)
+        program = executable.program
         values = executable.run_keeping(self.inputs, [*constants, *self._known.values()])
         results = [values[node.name] for node in program.results[: len(nodes)]]
         for name, mark in fingerprints(program.graph, known).items():

@@ -135,9 +135,9 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
     if cls in _LISTS or (isinstance(value, list) and cls.__module__ == _OURS):
         return "list", range(len(value)), value
     if is_model_output(value):
-        return "fields", list(value.keys()), list(value.values())
+        return "fields", list(value.keys()), list(value.values())  # pyright: ignore
     if cls in _DICTS or (isinstance(value, dict) and cls.__module__ == _OURS):
-        return "dict", list(value), list(value.values())
+        return "dict", list(value), list(value.values())  # pyright: ignore
     if is_cache(value):
         return "cache", *_open_cache(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

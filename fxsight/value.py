@@ -307,7 +307,8 @@ def _between(func: Any, values: list[Value], args: Any, kwargs: Any) -> Any:
     for value in values:
         value.cell.recorder.force()  # now they are plain tensors
     for value in values:
-        if isinstance(value, Value):
+        kind: type = type(value)
+        if kind is Value:  # it has not become a tensor
             raise not_saved(value.cell)
     return func(*args, **kwargs)
 

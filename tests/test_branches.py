@@ -73,6 +73,10 @@ def _linears(tracer: Any) -> int:
     return [str(n.target) for n in tracer.program.program.nodes.values()].count("aten.linear.default")
 
 
+def _never() -> None:
+    raise AssertionError("what follows is not done")
+
+
 # -------------------------------------------------------------------------------------------------------------- cond
 
 
@@ -291,7 +295,7 @@ def test_tracer_stop_ends_the_block() -> None:
             kept.append(block.inner.output.save())
             if kept[-1].sum() < 1e9:
                 tracer.stop()
-        raise AssertionError("what follows is not done")
+        _never()
     assert len(kept) == 1 and torch.equal(kept[0], _out(Read("blocks.0.inner", "output")))
     assert _linears(tracer) == 0  # computed for the condition
 
@@ -305,7 +309,7 @@ def test_tracer_stop_in_conditions_and_functions() -> None:
         _model().last.output *= 2
         out = _model().output.save()
         deep(tracer)
-        raise AssertionError("what follows is not done")
+        _never()
     assert torch.equal(out, _out() * 2)
 
 

@@ -57,6 +57,10 @@ def _put(path: str, value: Tensor) -> Edit:
     return Edit(path, "output", "assign", lambda live: value)
 
 
+def _never() -> None:
+    raise AssertionError("what follows is not done")
+
+
 # ------------------------------------------------------------------------------------------------------------ values
 
 
@@ -129,6 +133,19 @@ def test_saved_before_and_after() -> None:
         early.save()
     assert torch.equal(kept, _out("layers.0")) and torch.equal(out, _out() + _out("layers.1"))
     assert torch.equal(early, _out("layers.1")) and type(early) is Tensor
+
+
+def test_saved_after_a_number_was_needed() -> None:
+    """What waits has run then, and is a plain tensor in the middle of the session: `fxsight.save` takes it, too."""
+    model = _model()
+    with model.session():
+        with model.trace(_x()):
+            hidden = model.layers[0].output
+            number = model.layers[1].output.sum().item()
+        total = hidden.sum().item()
+        kept = fxsight.save({"h": hidden, "twice": hidden * 2})
+    assert number == _out("layers.1").sum().item() and total == _out("layers.0").sum().item()
+    assert torch.equal(kept["h"], _out("layers.0")) and torch.equal(kept["twice"], _out("layers.0") * 2)
 
 
 def test_containers_of_a_session() -> None:
@@ -252,7 +269,7 @@ def test_exit() -> None:
         with model.trace(_x()):
             kept = model.layers[0].output.save()
         session.exit()
-        raise AssertionError("what follows is not done")
+        _never()
     assert torch.equal(kept, _out("layers.0"))
 
 
@@ -649,7 +666,7 @@ def test_r3_exit_in_conditions_and_loops() -> None:
             seen.append(item)
             with loop.cond(item == 1):
                 session.exit()
-        raise AssertionError("what follows is not done")
+        _never()
     assert list(seen) == [0, 1]
 
 
