@@ -209,7 +209,7 @@ def plain_function_calls() -> Any:
 def compile_graph(module: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
     """Compile a graph with Inductor, for the (symbolic) sizes of the fake example inputs.
 
-    Random operators stay torch's own, and draw the numbers that they draw op by op.
+    Random operators stay torch's own.
 
     Reason: ``torch.compile`` would capture the graph a second time with Dynamo and guard every call; this is the entry
     point below it (2.8+). Nothing is imported from Inductor before the first call.

@@ -25,6 +25,7 @@ from torch import fx
 
 from fxsight import _torch
 from fxsight.canonical import Canonical, read_spec, write_spec
+from fxsight.effects import is_random
 from fxsight.fakes import Fakes, propagate
 from fxsight.folder import Folder, cache_folder, digest, remove
 from fxsight.identity import library_versions
@@ -83,8 +84,10 @@ class Artifacts:
 
     def _compile(self, region: Canonical) -> Artifact:
         module, example, results = traced(region)
-        if not any(isinstance(spec, TensorSpec) for spec in results):
-            return Artifact(module.forward, results)  # sizes, or a buffer's update: nothing to fuse
+        has_tensors = any(isinstance(spec, TensorSpec) for spec in results)
+        if not has_tensors or any(map(is_random, region.graph.nodes)):
+            # Sizes, or a buffer's update: nothing to fuse. Random numbers: Inductor keeps no order among draws.
+            return Artifact(module.forward, results)
         compiled = self._compiler(module, example)
         self.made += 1
         if self._files is not None:

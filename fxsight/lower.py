@@ -18,6 +18,7 @@ from fxsight import _torch
 from fxsight.artifacts import Artifacts
 from fxsight.driver import can_drive, drive
 from fxsight.editor import copy_graph
+from fxsight.effects import is_random
 from fxsight.errors import TraceError
 from fxsight.fakes import Untraceable, propagate
 from fxsight.node import binding_of
@@ -112,10 +113,13 @@ def by_regions(program: Program, arguments: Sequence[Any], fixed: Mapping[str, i
 def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int], _: Artifacts) -> Lowered:
     """The program compiled by Inductor in one piece for all sizes it is free in, except ``fixed`` ones.
 
+    One that draws random numbers runs op by op: Inductor keeps no order among draws, so they would be others.
     arguments: one run's placeholders, for devices and dtypes; their numbers do not matter.
 
     Raises: InputError where a size depends on numbers.
     """
+    if any(map(is_random, program.graph.nodes)):
+        return eager(program)
     module = _graph_module(program)
     places = [n for n in module.graph.nodes if n.op == "placeholder"]
     mode = _torch.symbolic_mode()
