@@ -302,7 +302,7 @@ def two() -> Model:
     return Model(Two(), cache=False).capture(X)
 
 
-@pytest.mark.parametrize("form, expected", FORMS, ids=[str(form) for form, _ in FORMS])
+@pytest.mark.parametrize("form, expected", FORMS, ids=range(len(FORMS)))
 def test_every_form_of_find(two: Model, form: dict[str, Any], expected: list[str]) -> None:
     assert [str(op.address) for op in two.ops.find(**form)] == expected
 
