@@ -7,9 +7,19 @@ from fxsight.passes.cancel_stack import CancelStack as CancelStack
 from fxsight.passes.drop_unused import DropUnused as DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries as EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations as ExpandMutations
+from fxsight.passes.narrow_reads import NarrowReads as NarrowReads
 from fxsight.passes.open_fused import OpenFused as OpenFused
 from fxsight.passes.use_known import UseKnown as UseKnown
 from fxsight.passes.weave import Weave as Weave
 from fxsight.rewrite import Pass
 
-PASSES: tuple[type[Pass], ...] = (OpenFused, Weave, CancelStack, UseKnown, DropUnused, EraseBoundaries, ExpandMutations)
+PASSES: tuple[type[Pass], ...] = (
+    OpenFused,
+    Weave,
+    CancelStack,
+    UseKnown,
+    DropUnused,
+    EraseBoundaries,
+    NarrowReads,
+    ExpandMutations,
+)
