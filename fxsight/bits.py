@@ -6,14 +6,15 @@ hundred thousand results on random ones decides it for this machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxsight.node import binding_of, tensor_spec
-from fxsight.passes.narrow_reads import Move, NarrowReads, moves, row_arguments
+from fxsight.passes.narrow_reads import Move, NarrowReads, moves, needs_layout, row_arguments
 from fxsight.program import Program
 from fxsight.spec import SizeSpec
 
@@ -29,20 +30,27 @@ def narrow_exactly(program: Program, sizes: Sizes, weight: Callable[[str], Any],
     without the operators that do not.
     weight: a parameter or buffer by name.  known: what has been tried; filled.
     """
-    but: tuple[str, ...] = ()
+    found = moves(program.graph, NarrowReads())
+    if not found:
+        return program
     for rows in ROWS:
-        asked = NarrowReads(rows)
-        found = moves(program, asked)
-        wrong = [m.node for m in found if not same_bits(program.nodes[m.node], m, sizes, weight, known)]
+        wrong = _wrong(program, found, rows, sizes, weight, known)
         if not wrong:
-            return asked(program) if found else program
-        but = tuple(wrong)
+            return NarrowReads(rows)(program)
+    but: tuple[str, ...] = ()
     while wrong:
-        asked = NarrowReads(ROWS[-1], but)
-        found = moves(program, asked)
-        wrong = [m.node for m in found if not same_bits(program.nodes[m.node], m, sizes, weight, known)]
-        but += tuple(wrong)
-    return asked(program)
+        but += wrong
+        found = moves(program.graph, NarrowReads(but=but))
+        wrong = _wrong(program, found, ROWS[-1], sizes, weight, known)
+    return NarrowReads(ROWS[-1], but)(program)
+
+
+def _wrong(
+    program: Program, found: Sequence[Move], rows: int, sizes: Sizes, weight: Callable[[str], Any], known: Known
+) -> tuple[str, ...]:
+    """The operators that give other bits when so many rows are kept."""
+    kept = (replace(move, rows=max(rows, move.rows)) for move in found)
+    return tuple(m.node for m in kept if not same_bits(program.nodes[m.node], m, sizes, weight, known))
 
 
 def same_bits(node: fx.Node, move: Move, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> bool:
@@ -72,6 +80,8 @@ def _try(node: fx.Node, move: Move, sizes: Sizes, weight: Callable[[str], Any]) 
     rank = len(tensor_spec(node).shape)
     rows = set(row_arguments(node, move.dim))
     parts = {a: _rows_of(v, move.dim - rank + v.ndim, move) if a in rows else v for a, v in values.items()}
+    if needs_layout(node):
+        parts = {a: v.contiguous() if a in rows else v for a, v in parts.items()}
     with torch.no_grad():
         whole, part = (_call(node, given) for given in (values, parts))
     return torch.equal(_rows_of(whole, move.dim, move), part)

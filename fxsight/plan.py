@@ -54,7 +54,7 @@ class Plan:
     @cached_property
     def naive(self) -> Cost:
         """Of all cells, each run alone."""
-        return sum((self._whole(group.program) * len(group.cells) for group in self.groups), self._alone)
+        return sum((self._whole(group.whole) * len(group.cells) for group in self.groups), self._alone)
 
     @cached_property
     def cost(self) -> Cost:

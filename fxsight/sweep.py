@@ -283,4 +283,4 @@ def _group(captures: Captures, members: Sequence[tuple[int, SweepCell]], tried: 
     whole = cell_pass(lifted(cells[0].asked, which))(cells[0].captured)
     program = narrow_exactly(whole, cells[0].sizes, captures.weight, tried)
     constants = tuple((*cell.constants, *(cell.outline.numbers[i] for i in which)) for cell in cells)
-    return Alike(program, tuple(number for number, _ in members), constants)
+    return Alike(whole, program, tuple(number for number, _ in members), constants)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,7 @@ from torch import fx
 
 from fxsight.editor import Editor
 from fxsight.effects import is_random, mutated_storages, storages
-from fxsight.node import is_tensor, tensor_spec
-from fxsight.program import Program
+from fxsight.node import is_tensor, output_node, tensor_spec
 from fxsight.rewrite import Pass
 from fxsight.spec import Dim, SizeSpec, contiguous_stride
 
@@ -60,9 +59,11 @@ class NarrowReads(Pass):
         logits = aten.linear.default(norm, weight)                    # f32[batch, length, 96]
         last = torch.Tensor.__getitem__(logits, (slice(None), -1))    # f32[batch, 96]
     becomes
-        narrow = aten.slice.Tensor(x, 1, -1, END)                     # f32[batch, 1, 8]
-        norm = aten.layer_norm.default(narrow, [8])                   # f32[batch, 1, 8]
-        logits = aten.linear.default(norm, weight)                    # f32[batch, 1, 96]
+        narrow_1 = aten.slice.Tensor(x, 1, -1, END)                   # f32[batch, 1, 8]
+        norm = aten.layer_norm.default(narrow_1, [8])                 # f32[batch, 1, 8]
+        narrow = aten.slice.Tensor(norm, 1, -1, END)                  # f32[batch, 1, 8]
+        rows = aten.contiguous.default(narrow)                        # f32[batch, 1, 8]
+        logits = aten.linear.default(rows, weight)                    # f32[batch, 1, 96]
         last = torch.Tensor.__getitem__(logits, (slice(None), -1))    # f32[batch, 96]
 
     rows: how many rows are kept at least; they end with the one that is read.  but: nodes that keep all their rows.
@@ -76,40 +77,37 @@ class NarrowReads(Pass):
     but: tuple[str, ...] = field(default=(), repr=False)
 
     def rewrite(self, editor: Editor) -> None:
-        """From the end of the program: a read that has moved up is a read of what comes before."""
-        for _ in _moved(editor, self):
-            pass
+        """Find what moves, then move it, the last operator first."""
+        for move in moves(editor.graph, self):
+            _narrow(editor, editor.nodes[move.node], move)
 
 
-def moves(program: Program, asked: NarrowReads) -> list[Move]:
-    """What the pass would change, last operator first."""
-    return list(_moved(Editor(program, asked.label), asked))
-
-
-def _moved(editor: Editor, asked: NarrowReads) -> Iterator[Move]:
-    calls = editor.calls()
+def moves(graph: fx.Graph, asked: NarrowReads) -> list[Move]:
+    """What the pass changes, last operator first: a read that has moved up is a read of what comes before."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
     changed = mutated_storages(calls)
-    saved = set(editor.results)
+    saved = set(output_node(graph).all_input_nodes)
+    found: dict[fx.Node, Move] = {}
     for node in reversed(calls):
-        if node in saved or node.name in asked.but or not is_tensor(node) or is_random(node):
+        if node in saved or node.name in asked.but or not node.users or not is_tensor(node) or is_random(node):
             continue
-        memory = storages(node).union(*map(storages, node.all_input_nodes))
-        move = _move_of(node, asked.rows) if node.users and not memory & changed else None
-        if move is not None:
-            _narrow(editor, node, move)
-            yield move
+        move = _move_of(node, asked.rows, found)
+        if move is not None and not storages(node).union(*map(storages, node.all_input_nodes)) & changed:
+            found[node] = move
+    return list(found.values())
 
 
-def _move_of(node: fx.Node, rows: int) -> Move | None:
+def _move_of(node: fx.Node, rows: int, found: Mapping[fx.Node, Move]) -> Move | None:
     """The rows that all users read of a dimension that the operator leaves alone: they end with the same."""
-    readings = [_reading(user, node) for user in node.users]
-    if any(reading is None for reading in readings):
+    dims = _row_dims(node)
+    readings = [_reading(user, node, found) for user in node.users] if dims else []
+    if not all(readings):
         return None
-    for dim in _row_dims(node):
-        found = [reading[dim] for reading in readings if reading is not None and dim in reading]
-        size = tensor_spec(node).shape[dim]
-        if len(found) == len(readings) and len({index for index, _ in found}) == 1:
-            move = Move(node.name, dim, found[0][0], max(rows, *(count for _, count in found)))
+    for dim in dims:
+        windows = [reading[dim] for reading in readings if reading is not None and dim in reading]
+        if len(windows) == len(readings) and len({index for index, _ in windows}) == 1:
+            move = Move(node.name, dim, windows[0][0], max(rows, *(count for _, count in windows)))
+            size = tensor_spec(node).shape[dim]
             return None if _kept(size, move) == size else move
     return None
 
@@ -119,8 +117,11 @@ def _move_of(node: fx.Node, rows: int) -> Move | None:
 Window = tuple[int, int]  # the last row that is read, and how many
 
 
-def _reading(user: fx.Node, node: fx.Node) -> Mapping[int, Window] | None:
-    """The rows that a user reads, by dimension; None for a user that reads otherwise."""
+def _reading(user: fx.Node, node: fx.Node, found: Mapping[fx.Node, Move]) -> Mapping[int, Window] | None:
+    """The rows that a user reads, by dimension; None for a user that reads otherwise.  found: users that move."""
+    if user in found:
+        move, dim = found[user], found[user].dim - _rank(user) + _rank(node)
+        return {dim: (move.index, move.rows)} if node in row_arguments(user, move.dim) else None
     if user.args[0] is not node or sum(a is node for a in user.all_input_nodes) != 1:
         return None
     if user.target is aten.slice.Tensor:
@@ -203,6 +204,11 @@ def row_arguments(node: fx.Node, dim: int) -> list[fx.Node]:
     return [a for a in tensors if tensor_spec(a).shape[-from_end] != 1]
 
 
+def needs_layout(node: fx.Node) -> bool:
+    """Whether the rows are laid out anew: a matrix product chooses its kernel by layout."""
+    return node.target is aten.linear.default
+
+
 # -- the change ------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +229,9 @@ def _narrow(editor: Editor, node: fx.Node, move: Move) -> None:
         made = replace(own, shape=(*own.shape[:dim], kept, *own.shape[dim + 1 :]))
         args = (source, dim, move.start, move.end)
         part = editor.call(aten.slice.Tensor, args, spec=made, name="narrow", like=node, before=node)
+        if needs_layout(node):
+            made = replace(made, stride=contiguous_stride(made.shape))
+            part = editor.call(aten.contiguous.default, (part,), spec=made, name="rows", like=node, before=node)
         editor.replace(source, part, [node])
     shape = (*spec.shape[: move.dim], kept, *spec.shape[move.dim + 1 :])
     node.meta["spec"] = replace(spec, shape=shape, stride=contiguous_stride(shape))
