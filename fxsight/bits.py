@@ -33,6 +33,7 @@ def narrow_exactly(program: Program, sizes: Sizes, weight: Callable[[str], Any],
     found = moves(program.graph, NarrowReads())
     if not found:
         return program
+    wrong: tuple[str, ...] = ()
     for rows in ROWS:
         wrong = _wrong(program, found, rows, sizes, weight, known)
         if not wrong:

@@ -103,7 +103,8 @@ def peak_bytes(graph: fx.Graph, sizes: Sizes) -> int:
     made: dict[str, int] = {}
     for node in graph.nodes:
         for source in (node, *node.all_input_nodes):
-            last.update(dict.fromkeys(storages(source), node))
+            for storage in storages(source):
+                last[storage] = node
         if node.op == "call_function":
             for storage in storages(node):
                 made.setdefault(storage, bytes_of(node.meta["spec"], sizes))
