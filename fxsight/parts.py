@@ -53,10 +53,12 @@ class Part:
 class Group:
     """Cells with one program.
 
-    program: a cell's, whole.  cells: their numbers.  constants: of each.  parts: in order, the shared one first.
+    whole: a cell's program as a trace would run it.  program: the same, narrowed to what is read.
+    cells: their numbers.  constants: of each.  parts: in order, the shared one first.
     results: values that a cell saves.  last: shared values that no later group needs.
     """
 
+    whole: Program
     program: Program
     cells: tuple[int, ...]
     constants: tuple[Constants, ...]
@@ -95,8 +97,9 @@ def identity(constant: Any) -> Hashable:
 
 @dataclass(frozen=True, eq=False)
 class Alike:
-    """Cells with one program that has not been cut yet."""
+    """Cells with one program that has not been cut yet; ``whole`` is that of a trace."""
 
+    whole: Program
     program: Program
     cells: tuple[int, ...]
     constants: tuple[Constants, ...]
@@ -158,7 +161,9 @@ def _group(draft: _Draft, number: int, last: Mapping[int, int], module: nn.Modul
     parts = [_part(draft, depends, piece, set(last), module) for depends, piece in ordered]
     over = frozenset(value for value, group in last.items() if group == number)
     kept = tuple(part for part in parts if part.gives)
-    return Group(draft.alike.program, draft.alike.cells, draft.alike.constants, kept, draft.results, over)
+    return Group(
+        draft.alike.whole, draft.alike.program, draft.alike.cells, draft.alike.constants, kept, draft.results, over
+    )
 
 
 def _part(draft: _Draft, depends: Depends, piece: Mapping[fx.Node, None], needed: set[int], module: nn.Module) -> Part:

@@ -54,7 +54,7 @@ class Plan:
     @cached_property
     def naive(self) -> Cost:
         """Of all cells, each run alone."""
-        return sum((self._whole(group.program) * len(group.cells) for group in self.groups), self._alone)
+        return sum((self._whole(group.whole) * len(group.cells) for group in self.groups), self._alone)
 
     @cached_property
     def cost(self) -> Cost:
@@ -115,6 +115,9 @@ class Plan:
             yield f"  {programs} for {sum(len(group.cells) for group in self.groups)} cells"
             yield f"  once           {_cost(self.shared)}"
             yield f"  for each cell  {_cost(self.own)}"
+        narrowed = sum(any(made.startswith("NarrowReads") for made in g.program.history) for g in self.groups)
+        if narrowed:
+            yield f"  only rows that are read: {narrowed} programs, tried to give the same bits"
         reasons = dict.fromkeys(self.alone.values())
         for reason in reasons:
             yield f"  {sum(r == reason for r in self.alone.values())} cells run alone: {reason}"

@@ -18,6 +18,7 @@ import torch
 
 from fxsight import _torch
 from fxsight.become import become
+from fxsight.bits import Known, narrow_exactly
 from fxsight.captures import Captures
 from fxsight.containers import thaw
 from fxsight.context import here
@@ -270,7 +271,8 @@ def _alike(captures: Captures, cells: Sequence[SweepCell]) -> tuple[list[Alike],
     for number, cell in enumerate(cells):
         if number not in alone:
             kinds.setdefault((id(cell.captured), cell.outline.text), []).append(number)
-    groups = [_group([(number, cells[number]) for number in members]) for members in kinds.values()]
+    tried: Known = {}
+    groups = [_group(captures, [(number, cells[number]) for number in members], tried) for members in kinds.values()]
     if not any(has_effects(group.program.graph.nodes) for group in groups):
         return groups, alone
     if alone:
@@ -282,9 +284,10 @@ def _alike(captures: Captures, cells: Sequence[SweepCell]) -> tuple[list[Alike],
     return [], dict.fromkeys(range(len(cells)), _EFFECTS)
 
 
-def _group(members: Sequence[tuple[int, SweepCell]]) -> Alike:
+def _group(captures: Captures, members: Sequence[tuple[int, SweepCell]], tried: Known) -> Alike:
     cells = [cell for _, cell in members]
     which = varying([cell.outline for cell in cells])
-    program = cell_pass(lifted(cells[0].asked, which))(cells[0].captured)
+    whole = cell_pass(lifted(cells[0].asked, which))(cells[0].captured)
+    program = narrow_exactly(whole, cells[0].sizes, captures.weight, tried)
     constants = tuple((*cell.constants, *(cell.outline.numbers[i] for i in which)) for cell in cells)
-    return Alike(program, tuple(number for number, _ in members), constants)
+    return Alike(whole, program, tuple(number for number, _ in members), constants)

@@ -7,6 +7,7 @@ from fxsight.passes.cancel_stack import CancelStack as CancelStack
 from fxsight.passes.drop_unused import DropUnused as DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries as EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations as ExpandMutations
+from fxsight.passes.narrow_reads import NarrowReads as NarrowReads
 from fxsight.passes.open_fused import OpenFused as OpenFused
 from fxsight.passes.skip_overwritten import SkipOverwritten as SkipOverwritten
 from fxsight.passes.use_known import UseKnown as UseKnown
@@ -21,5 +22,6 @@ PASSES: tuple[type[Pass], ...] = (
     SkipOverwritten,
     DropUnused,
     EraseBoundaries,
+    NarrowReads,
     ExpandMutations,
 )

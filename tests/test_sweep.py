@@ -511,3 +511,23 @@ def test_numbers_that_vary_become_constants_and_others_stay() -> None:
     assert one.key == lifted(bodies[1], which).key and one.key != bodies[0].key
     assert lifted(bodies[0], ()) is bodies[0]
     assert "number_0 = constant 0" in str(one) and "slice(3, 5, None)" in str(one)
+
+
+# -- only what is read -----------------------------------------------------------------------------------------------
+
+
+def test_logits_are_computed_where_they_are_read() -> None:
+    model, x = gpt2_model(), tokens(2)
+
+    def last(layer: int, position: int) -> Any:
+        model.transformer.h[layer].output[:, position] = 0
+        return model.lm_head.output[:, -1, 3]
+
+    plan = model.plan(last, x, layer=range(LAYERS), position=range(LENGTH))
+    assert all("NarrowReads(rows=" in str(group.program.history) for group in plan.groups)
+    assert "only rows that are read: 3 programs" in plan.explain()
+    grid = plan.run()
+    for layer in range(LAYERS):
+        for position in range(LENGTH):
+            with edited(gpt2().transformer.h[layer], "output", zero((slice(None), position))):
+                bitwise(grid.values[layer, position], gpt2()(x).logits[:, -1, 3])

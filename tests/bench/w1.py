@@ -1,4 +1,4 @@
-"""W1: IOI residual patching, layer × position, in its naive form: one forward, or one trace, a cell."""
+"""W1: IOI residual patching, layer × position: one forward, or one trace, a cell; and one sweep for all."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.bench import hooks, models
-from tests.bench.case import CAREFUL, HOOKS, TRACE, Bench, Case, Workload
+from tests.bench.case import CAREFUL, HOOKS, SWEEP, TRACE, Bench, Case, Workload
 from tests.bench.grid import Task, stacked
 from tests.bench.report import Table, paired_table
 from tests.bench.timing import Job
@@ -32,7 +32,12 @@ def _cases(quick: bool) -> Iterator[Case]:
     net: Any = models.LANGUAGE[name]()
     task = Task.of(net, quick)
     model = Model(net, cache=False)
-    jobs = {HOOKS: naive(net, task), CAREFUL: careful(net, task), TRACE: traced(model, task)}
+    jobs = {
+        HOOKS: naive(net, task),
+        CAREFUL: careful(net, task),
+        TRACE: traced(model, task),
+        SWEEP: swept(model, task),
+    }
     title = f"{task.layers} × {task.length} cells"
     yield Case(title, jobs, f"w1 {name}", reference=HOOKS, rounds=1, calls=1)
 
@@ -110,4 +115,24 @@ def traced(model: Any, task: Task) -> Job:
     return job
 
 
-WORKLOAD = Workload("w1", "IOI residual patching, layer × position, cell by cell (minutes)", run, default=False)
+def swept(model: Any, task: Task) -> Job:
+    """One sweep; every cell with the bits of its trace."""
+    blocks = model.transformer.h
+
+    def job() -> list[Tensor]:
+        with model.trace(task.clean, backend="eager"):
+            kept = [block.input.save() for block in blocks[: task.layers]]
+
+        def patch(layer: int, position: int) -> Any:
+            blocks[layer].input[:, position] = kept[layer][:, position]
+            return task.metric(model.lm_head.output)
+
+        grid = model.sweep(patch, task.corrupted, layer=range(task.layers), position=range(task.length))
+        return [grid.values.flatten(0, 1)]
+
+    return job
+
+
+WORKLOAD = Workload(
+    "w1", "IOI residual patching, layer × position, cell by cell and as a sweep (minutes)", run, default=False
+)
