@@ -27,6 +27,8 @@ from fxsight.targets import argument_text, find_target, target_name
 from fxsight.tree import Tree, flatten, map_leaves
 from fxsight.value import NUMBERS, Cell, Recording, Value, fake_mode, values_in
 
+QUIET = "quiet"  # in the meta of nodes that are not statements of the user's: rows of an invoke, views taken again
+
 Demand = Callable[[Sequence[fx.Node]], list[torch.Tensor]]
 
 _ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
@@ -301,6 +303,7 @@ class Body:
             name, args, kwargs, path = cell.step
             put = lambda x: base if isinstance(x, str) and x == SELF else x  # noqa: E731
             node = self._add(find_target(name), map_leaves(put, args), map_leaves(put, kwargs), cell.node.meta["spec"])
+            node.meta[QUIET] = True
             for key in path:
                 node = self.graph.call_function(operator.getitem, (node, key))
                 node.meta.update(cell.node.meta)
@@ -359,6 +362,8 @@ class Body:
                 self.weight_names[node.name] = weight
             else:
                 self.constants.append(tensor)
+                # A tensor with as many rows as the batch has now: it would not fit another batch.
+                self.looked |= {name for name, size in self.sizes.items() if size > 1 and size in tensor.shape}
                 self._versions.append(None if isinstance(tensor, Value) else _torch.version(tensor))
             known = self._given[id(tensor)] = (node, tensor)
         return known[0]

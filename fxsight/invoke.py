@@ -46,7 +46,7 @@ class Batch:
 
     def touch(self) -> None:
         """Something is read or written: outside the invokes, of the whole batch, which must not grow any more."""
-        self._whole_seen = self._whole_seen or self._open is None
+        self._whole_seen = self._whole_seen or (self._open is None and bool(self.calls))
 
     def _join(self, call: Call) -> None:
         if not self.grows:

@@ -7,7 +7,7 @@ import warnings
 
 from torch import fx
 
-from fxsight.body import Body
+from fxsight.body import QUIET, Body
 from fxsight.errors import LostEditWarning
 from fxsight.intervention import Intervention
 from fxsight.mutate import mutate
@@ -48,7 +48,10 @@ def warn_of_unused_results(body: Body, asked: Intervention) -> bool:
     """Values that were computed (``h = h * 0``) and that nothing uses.  Returns: whether there are any."""
     used, said = _names(body, asked), False
     for node in asked.graph.nodes:
-        if node.op == "call_function" and node.target not in (mutate, operator.getitem) and not _is_used(node, used):
+        is_users = (
+            node.op == "call_function" and node.target not in (mutate, operator.getitem) and QUIET not in node.meta
+        )
+        if is_users and not _is_used(node, used):
             said = True
             lost_edit(
                 f"nothing uses the result of {target_name(node.target)}; it has no effect on the model: write it where "

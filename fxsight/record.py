@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
-from fxsight.body import Body, Demand, Update
+from fxsight.body import QUIET, Body, Demand, Update
 from fxsight.containers import thaw
 from fxsight.errors import TraceError, WriteError
 from fxsight.intervention import Intervention, Read, Save, Write
@@ -153,7 +153,7 @@ class Recorder:
             return self._whole(location)
         part: Value = self.call(torch.Tensor.narrow, (self._whole(location), dim, self.rows.start, self.rows.count), {})
         part.cell.what = location.address
-        self.body.seen.add(part.cell.node)  # not the user's own
+        part.cell.node.meta[QUIET] = True
         return part
 
     def _whole(self, location: Location) -> Value:

@@ -32,9 +32,7 @@ def settings(module: nn.Module, without: Collection[nn.Module] = ()) -> tuple[An
             found.append((len(seen),))
             continue
         seen.add(id(part))
-        below = part._modules
-        if skipped:
-            below = {name: child for name, child in below.items() if id(child) not in skipped}
+        below = {name: child for name, child in part._modules.items() if id(child) not in skipped}
         found.append(_of(part, tuple(below)))
         waiting.extend([child for child in below.values() if child is not None])
     return tuple(found)

@@ -354,6 +354,7 @@ def test_all_blocks_skipped() -> None:
     assert torch.equal(out, _out(Edit("blocks.1", "output", "assign", lambda live: taken)))
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing uses the result")
 @pytest.mark.parametrize(
     "value, message",
     [

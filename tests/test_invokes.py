@@ -407,6 +407,7 @@ def test_a_skip_refuses_what_has_been_used_in_its_own_rows() -> None:
 # ------------------------------------------------------------------------------------------------------ what is shared
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing uses the result")
 def test_what_has_no_rows_can_be_read_in_every_invoke_and_written_outside() -> None:
     with _model().trace() as tracer:
         with tracer.invoke(A):

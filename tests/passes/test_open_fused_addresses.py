@@ -194,7 +194,7 @@ def test_other_sizes_are_refused_at_the_line() -> None:
         tracer.at(at).output.save()
     with pytest.raises(fxsight.InputError) as error, model.trace(query, keys, keys[:, :, :6].clone()) as tracer:
         tracer.at(at).output.save()
-    assert "break the condition Eq(height_2, height_3) of this program" in str(error.value)
+    assert "this program holds where height_2 == height_3, and not for height_2 = " in str(error.value)
 
 
 # -- what cannot be opened -------------------------------------------------------------------------------------------
