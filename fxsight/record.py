@@ -50,6 +50,25 @@ class State:
     used: list[Rows | None] = field(default_factory=list[Rows | None])
 
 
+Dressed = tuple[Any, list[Any], Address]  # a structure of the model's, its leaves, and where it is from
+
+
+def undress(dressed: Iterable[Dressed]) -> None:
+    """Take the ``.save`` of model outputs away again.
+
+    Raises: WriteError when a member was assigned, which the model cannot see.
+    """
+    for structure, leaves, address in dressed:
+        attributes: Any = vars(structure)
+        attributes.pop("save", None)
+        now = flatten(structure)[0]
+        if len(now) != len(leaves) or any(a is not b for a, b in zip(now, leaves, strict=True)):
+            raise WriteError(
+                f"a member of {address} was assigned, which the model does not see; change it in place "
+                f"(out.logits[:] = ...) or write the whole (model.{address.port} = ...)"
+            )
+
+
 Phase = Literal["open", "waiting", "done"]
 
 
@@ -97,7 +116,7 @@ class Recorder:
         self.alive: list[weakref.ref[Value]] | None = None  # in a session: what later blocks may use
         self.saved: list[Any] = []
         self._states: dict[tuple[str, str, int], State] = {}
-        self._dressed: list[tuple[Any, list[Any], Address]] = []
+        self._dressed: list[Dressed] = []
         self._unset: dict[Cell, str] = {}
         self._stop: Stop | None = None
         self._versions = itertools.count(1)
@@ -234,19 +253,9 @@ class Recorder:
         self.keep(structure)
         return structure
 
-    def undress(self) -> None:
-        """Take the ``.save`` of model outputs away again.
-
-        Raises: WriteError when a member was assigned, which the model cannot see.
-        """
-        for structure, leaves, address in self._dressed:
-            vars(structure).pop("save", None)
-            now = flatten(structure)[0]
-            if len(now) != len(leaves) or any(a is not b for a, b in zip(now, leaves, strict=True)):
-                raise WriteError(
-                    f"a member of {address} was assigned, which the model does not see; change it in place "
-                    f"(out.logits[:] = ...) or write the whole (model.{address.port} = ...)"
-                )
+    def adopt(self, made: Any, structure: Any, leaves: list[Any]) -> None:
+        """Watch a structure of the body's instead of one that was made now; ``leaves``: as it was."""
+        self._dressed = [(structure, leaves, a) if s is made else (s, old, a) for s, old, a in self._dressed]
 
     # -- writes ------------------------------------------------------------------------------------------------------
 
@@ -377,7 +386,7 @@ class Recorder:
 
         Raises: InputError when a tensor of the user's was changed after the body had used it.
         """
-        self.undress()
+        undress(self._dressed)
         self.saved = [thaw(value) for value in self.saved]
 
     def asked(self, wanted: Iterable[Value], kept: Sequence[Save] = ()) -> Intervention:

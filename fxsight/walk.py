@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -21,6 +22,7 @@ from fxsight import _torch
 from fxsight.body import GRADIENTS
 from fxsight.errors import InputError
 from fxsight.lines import user_line
+from fxsight.record import Dressed, undress
 from fxsight.run import Executable
 from fxsight.spec import TensorSpec
 from fxsight.tree import flatten
@@ -42,7 +44,7 @@ class Finish:
 class Step:
     """One statement, and the ways on from it.
 
-    kind: "none", "plain", "same", "one" or "many"; data: what the statement gave, for that kind.
+    kind: "none", "plain", "same", "one", "many" or "fields"; data: what the statement gave, for that kind.
     whats, specs, shapes: per value made, its name in messages, its spec, and what it is made from.
     before: the statement before it.  first: the number of the first value it makes.
     """
@@ -71,6 +73,10 @@ class Writing(Protocol):
 
     def keep(self, value: Any) -> None:
         """Mark a structured value as saved."""
+        ...
+
+    def adopt(self, made: Any, structure: Any, leaves: list[Any]) -> None:
+        """Watch a structure of the body's instead of one that was made now."""
         ...
 
 
@@ -136,6 +142,9 @@ class Walk:
         self._versions: list[int] = []
         self._ids: dict[int, int] = {}
         self._recorder: Writing | None = None
+        self._dressed: list[Dressed] = []
+        self._structures: dict[int, int] = {}
+        self._building = False
 
     @property
     def ended(self) -> bool:
@@ -159,6 +168,9 @@ class Walk:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One torch call."""
+        if self._building:
+            with _torch.plain_function_calls():
+                return func(*args, **kwargs)
         if self._busy:
             return self._do("call", (func, args, kwargs))
         try:
@@ -209,7 +221,33 @@ class Walk:
             tree, leaves, is_members = step.data
             made = [self._value(step, leaf) if type(leaf) is _Number else leaf for leaf in leaves]
             return self._members(made) if is_members else tree.build(made)
+        if step.kind == "fields":
+            return self._structure(step)
         return step.data
+
+    def _structure(self, step: Step) -> Any:
+        """A model output or dataclass, as the recorder makes it."""
+        tree, leaves, address = step.data
+        made = [self._value(step, leaf) if type(leaf) is _Number else leaf for leaf in leaves]
+        self._building = True
+        try:
+            structure = tree.build(made)
+        finally:
+            self._building = False
+        self._dressed.append((structure, made, address))
+        return self._with_save(structure)
+
+    def _with_save(self, structure: Any) -> Any:
+        object.__setattr__(structure, "save", partial(self._save_structure, structure))
+        self._structures[id(structure)] = len(self._structures)
+        return structure
+
+    def _save_structure(self, structure: Any) -> Any:
+        if self.live:
+            self._statement(("save structure", self._structures[id(structure)]), "save", (structure,))
+        else:
+            keep(structure)
+        return structure
 
     def _value(self, step: Step, number: int) -> Value:
         value = Value.shaped(*step.shapes[number])
@@ -237,8 +275,21 @@ class Walk:
         recorder = self._recorder = self._trace.begin_recorder()
         for what, given, result, step in self._log:
             recorder.line = lambda line=step.line: line  # type: ignore[misc]
-            _take_over(result, self._do(what, given))
+            self._take_over(result, self._do(what, given))
         recorder.line = user_line
+
+    def _take_over(self, mine: Any, theirs: Any) -> None:
+        """Values made on the known way get the cells of those written down now."""
+        dressed = next((leaves for structure, leaves, _ in self._dressed if structure is mine), None)
+        if dressed is not None:
+            cast(Writing, self._recorder).adopt(theirs, mine, dressed)
+        if isinstance(mine, Members):
+            mine.writer = theirs.writer
+        if mine is not theirs:
+            leaves = flatten(mine)[0] if dressed is None else dressed
+            for leaf, other in zip(leaves, flatten(theirs)[0], strict=True):
+                if isinstance(leaf, Value) and leaf is not other:
+                    leaf.known_cell = other.cell
 
     def leave(self) -> None:
         """What follows is recorded and not remembered."""
@@ -276,7 +327,7 @@ class Walk:
         try:
             if self._trace.is_decided:
                 raise Unknown
-            step = self._described(result)
+            step = self._described(result, key)
         except Unknown:
             self.live, self.step = False, None
             return
@@ -286,12 +337,17 @@ class Walk:
         self.step.ways[key] = step
         self.step = step
 
-    def _described(self, result: Any) -> Step:
+    def _described(self, result: Any, key: Any) -> Step:
+        """The step that a statement makes, from what it gave.
+
+        Raises: Unknown for what cannot be made again.
+        """
         line = user_line()
         if isinstance(result, Value) and result.walk is self:
             return Step("same", result.number, line)
         leaves, tree = flatten(result)
-        if type(result) not in (Value, tuple, list, Members) and not (tree.kind == "leaf" or tree.kind == "structseq"):
+        is_read = tree.kind == "fields" and key[0] == "read"
+        if type(result) not in (Value, tuple, list, Members) and tree.kind not in ("leaf", "structseq") and not is_read:
             raise Unknown
         numbers: list[Any] = []
         values: list[Value] = []
@@ -309,6 +365,9 @@ class Walk:
             raise Unknown
         whats, specs = tuple(str(v.cell.what) for v in values), tuple(v.cell.spec for v in values)
         kind, data = ("one", None) if tree.kind == "leaf" else ("many", (tree, tuple(numbers), is_members))
+        if is_read:
+            kind, data = "fields", (tree, tuple(numbers), key[1].at(key[2]))
+            self._with_save(result)
         step = Step(kind, data, line, whats, specs, tuple(map(shaped, specs)))
         for value in values:
             value.walk, value.number = self, len(self.values)
@@ -339,6 +398,8 @@ class Walk:
             return (kind, self._key(leaf.start), self._key(leaf.stop), self._key(leaf.step))
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             return self._tensor_key(leaf)
+        if id(leaf) in self._structures:
+            return ("structure", self._structures[id(leaf)])
         if kind is dict:
             return (kind, *((name, self._key(value)) for name, value in leaf.items()))
         raise Unknown
@@ -358,10 +419,11 @@ class Walk:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def constants(self, finish: Finish) -> list[torch.Tensor]:
-        """The constants of the finished program.
+        """The constants of the finished program; structures are as the model has them from here on.
 
         Raises: InputError when a tensor of the user's was changed after the body had used it.
         """
+        undress(self._dressed)
         found = [self._tensors[number] for number in finish.constants]
         for number, tensor in zip(finish.constants, found, strict=True):
             if _torch.version(tensor) != self._versions[number]:
@@ -386,6 +448,7 @@ class Walk:
         self.values.clear()
         self._tensors.clear()
         self._ids.clear()
+        self._dressed.clear()
 
     def cell_of(self, index: int) -> Cell:
         """The cell of a value: of a block that has ended, its name and its spec."""
@@ -404,14 +467,3 @@ class Walk:
 
 class _Number(int):
     """The number of a value among those of a step."""
-
-
-def _take_over(mine: Any, theirs: Any) -> None:
-    """Values made on the known way get the cells of those written down now."""
-    if mine is theirs:
-        return
-    if isinstance(mine, Members):
-        mine.writer = theirs.writer
-    for leaf, other in zip(flatten(mine)[0], flatten(theirs)[0], strict=True):
-        if isinstance(leaf, Value) and leaf is not other:
-            leaf.known_cell = other.cell

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -28,6 +29,27 @@ class Net(nn.Module):
         """Of ``(batch, 4)``; returns ``(batch, 3)``."""
         out: torch.Tensor = self.third(self.second(self.first(x))[0])
         return out
+
+
+@dataclass
+class Both:
+    """What ``Structured`` returns."""
+
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, torch.Tensor]
+
+
+class Structured(nn.Module):
+    """Returns a dataclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> Both:
+        """Of ``(batch, 4)``."""
+        hidden = self.first(x)
+        return Both(hidden * 2, (hidden, hidden + 1))
 
 
 class Pair(nn.Module):
@@ -324,3 +346,69 @@ def test_an_exception_leaves_a_usable_way(net: Net) -> None:
                 body(fails)
         else:
             assert torch.equal(body(fails), third(net, torch.full((2, 6), 2.0)))
+
+
+def test_structures_of_the_model_are_remembered() -> None:
+    torch.manual_seed(0)
+    net = Structured().eval().requires_grad_(False)
+    model = Model(net, cache=False)
+    with recorded() as made:
+        for seed in range(4):
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
+            with model.trace(x):
+                model.first.output[:, 0] = 0
+                out = model.output
+                last = out.logits[:, -1].save()
+                whole_output = out.save()
+                doubled = (out.hidden[1] * 2).save()
+            hidden = net.first(x)
+            hidden[:, 0] = 0
+            assert torch.equal(last, hidden[:, -1] * 2)
+            assert torch.equal(whole_output.logits, hidden * 2)
+            assert all(map(torch.equal, whole_output.hidden, (hidden, hidden + 1)))
+            assert torch.equal(doubled, (hidden + 1) * 2)
+            assert not hasattr(whole_output, "save")
+    assert made == [1]
+
+
+def test_a_member_of_a_structure_is_assigned_in_vain_each_time() -> None:
+    net = Structured().eval().requires_grad_(False)
+    model, x = Model(net, cache=False), torch.randn(2, 4)
+
+    def body(assigns: bool) -> torch.Tensor:
+        with model.trace(x):
+            out = model.output
+            if assigns:
+                out.logits = torch.zeros(2, 6)
+            hidden: torch.Tensor = (model.first.output + 1).save()
+        return hidden
+
+    for assigns in (False, False, True, False, True, True, False):
+        if assigns:
+            with pytest.raises(fxsight.WriteError, match="which the model does not see"):
+                body(assigns)
+        else:
+            assert torch.equal(body(assigns), net.first(x) + 1)
+
+
+def test_a_structure_read_before_the_way_is_left() -> None:
+    net = Structured().eval().requires_grad_(False)
+    model = Model(net, cache=False)
+
+    def body(x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with model.trace(x):
+            out = model.output
+            shifted = (out.logits + number).save()
+            if out.hidden[0].sum() > 0:
+                shifted = (shifted * 2).save()
+            kept = out.save()
+        return shifted, kept.logits
+
+    for number in (1, 1, 2, 1):
+        for seed in range(3):
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
+            plain = net(x)
+            wanted = plain.logits + number
+            found, logits = body(x, number)
+            assert torch.equal(found, wanted * 2 if plain.hidden[0].sum() > 0 else wanted)
+            assert torch.equal(logits, plain.logits)
