@@ -38,7 +38,8 @@ def check_guards(program: Program, sizes: Mapping[str, int]) -> None:
     Raises: InputError with the one that does not.
     """
     for guard in program.guards:
-        here = {s.name: sizes[s.name] for s in guard.free_symbols if s.name in sizes}
+        names = sorted(s.name for s in guard.free_symbols)
+        here = {name: sizes[name] for name in names if name in sizes}
         if guard.xreplace({s: here[s.name] for s in guard.free_symbols if s.name in here}) == False:  # noqa: E712
             raise InputError(f"this program holds where {_condition(guard)}, and not for {_numbers(here)}; {AGAIN}")
 

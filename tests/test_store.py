@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers  # noqa: F401 - its version counts as soon as it is imported, by whatever test
 from torch import Tensor, nn
 
 from fxsight.captures import Captures
