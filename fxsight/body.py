@@ -377,18 +377,26 @@ class Body:
 
         Raises: InputError when a tensor of the user's was changed after the body had used it.
         """
-        for tensor, version in zip(self.constants, self._versions, strict=True):
-            if version is not None and _torch.version(tensor) != version:
-                raise InputError(
-                    f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; "
-                    "use a copy: t.clone()"
-                )
+        check_unchanged(self.constants, self._versions)
         nodes = [self._given[id(tensor)][0] for tensor in self.constants]
         return tuple((node.name, node.meta["spec"]) for node in nodes)
 
 
 def _fake(leaf: Any) -> Any:
     return leaf.cell.fake if isinstance(leaf, Value) else leaf
+
+
+def check_unchanged(tensors: Sequence[torch.Tensor], versions: Sequence[int | None]) -> None:
+    """Tensors of the user's are as they were when a body used them; None for a version that does not count.
+
+    Raises: InputError for one that was changed in place since.
+    """
+    for tensor, version in zip(tensors, versions, strict=True):
+        if version is not None and _torch.version(tensor) != version:
+            raise InputError(
+                f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; "
+                "use a copy: t.clone()"
+            )
 
 
 def _own_copy(leaf: Any) -> Any:

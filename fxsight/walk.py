@@ -19,8 +19,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from fxsight import _torch
-from fxsight.body import GRADIENTS
-from fxsight.errors import InputError
+from fxsight.body import GRADIENTS, check_unchanged
 from fxsight.lines import user_line
 from fxsight.record import Dressed, undress
 from fxsight.run import Executable
@@ -425,12 +424,7 @@ class Walk:
         """
         undress(self._dressed)
         found = [self._tensors[number] for number in finish.constants]
-        for number, tensor in zip(finish.constants, found, strict=True):
-            if _torch.version(tensor) != self._versions[number]:
-                raise InputError(
-                    f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; "
-                    "use a copy: t.clone()"
-                )
+        check_unchanged(found, [self._versions[number] for number in finish.constants])
         return found
 
     def remember(self, executable: Executable, constants: list[torch.Tensor], results: list[int]) -> None:
