@@ -301,7 +301,8 @@ def test_values_cross_the_invokes_both_ways() -> None:
 
     edits = [Edit("first", "output", "inplace", edit), Edit("last", "input", "inplace", patch)]
     expected, _ = _hooks(*edits, x=x)
-    assert torch.equal(out, expected[3:6]) and torch.equal(out, expected[:3]) and torch.equal(last, expected[6:])
+    assert torch.equal(out, expected[3:6]) and torch.equal(last, expected[6:])
+    torch.testing.assert_close(out, expected[:3])  # a kernel may round equal rows of one batch differently
 
 
 def test_g5_embeddings_of_one_prompt_in_another_without_a_barrier() -> None:
