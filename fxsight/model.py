@@ -18,10 +18,11 @@ from fxsight.grid import Grid
 from fxsight.methods import Method
 from fxsight.plan import Plan
 from fxsight.rename import Aliases, Rename
+from fxsight.running import BACKENDS
 from fxsight.session import Session
 from fxsight.store import Store
 from fxsight.sweep import plan_sweep
-from fxsight.tracer import BACKENDS, Scan, Tracer
+from fxsight.tracer import Scan, Tracer
 from fxsight.tree import flatten
 from fxsight.view import View, words
 

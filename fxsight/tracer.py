@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -21,57 +21,32 @@ from fxsight.at import At
 from fxsight.become import become
 from fxsight.branch import Branch, Stopped
 from fxsight.cache import Cache
-from fxsight.captures import Captures
 from fxsight.causality import check_causal, check_edit
 from fxsight.context import enter_trace, here, leave_trace
 from fxsight.errors import NeedsValueError, NotExecuted, TraceError, UnknownAddress
 from fxsight.first_row import warn_of_row
-from fxsight.intervention import Save
-from fxsight.invoke import Batch, Invoker
+from fxsight.invoke import Invoker
 from fxsight.keep import Asked, Keeper, paths_of
 from fxsight.lines import user_line
-from fxsight.lost import warn_of_lost_edits, warn_of_unused_results
-from fxsight.passes.use_known import UseKnown, fingerprints
-from fxsight.place import Location, Place, Places
+from fxsight.lost import warn_of_lost_edits
+from fxsight.place import Location, Place
 from fxsight.program import Program
 from fxsight.record import Recorder
-from fxsight.rows import Call, Rows, overlap
-from fxsight.run import Executable
+from fxsight.rows import overlap
+from fxsight.running import Running, check_inputs
 from fxsight.sizes import check_guards
-from fxsight.tree import flatten
 from fxsight.value import Value, check_usable, values_in
 from fxsight.walk import Finish, Walk
 from fxsight.write import check_write, present
 
-Backend = Literal["auto", "eager", "inductor"]
-BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")
 
-
-class Tracer:
+class Tracer(Running):
     """The trace of one body over one call of a model.
 
     call: positional and keyword arguments; None where each ``invoke`` brings its own.
     program: after the block, the finished program: printable, callable on new inputs (returns the saves in order).
     tier: how the values were computed: "eager" (bitwise the model's own) or "inductor" (``lower.TOLERANCE``).
     """
-
-    def __init__(self, captures: Captures, call: Call | None, backend: Backend) -> None:
-        self.captures = captures
-        self.invoker: Invoker | None = None  # the last
-        self.asked_call = call  # in a loop of a session it may hold items, which are known when the loop runs
-        _check_inputs(call)
-        session = here().session
-        self._batch = Batch([session.example(call) if session else call] if call is not None else [], call is None)
-        self._backend: Backend = backend
-        self._known: dict[str, torch.Tensor] = {}
-        self._executable: Executable | None = None
-        self._recorder: Recorder | None = None
-        self._walk: Walk | None = None
-        self._finished: Finish | None = None
-        self.position = session.position if session else 0
-        self._skipped: list[tuple[Address, Rows | None, str]] = []
-        self._keepers: list[Keeper] = []
-        self._kept: list[Save] = []
 
     # -- the block ---------------------------------------------------------------------------------------------------
 
@@ -101,17 +76,6 @@ class Tracer:
             if self._recorder is None or self._recorder.phase == "done":
                 self.forget()
         return stopped or None
-
-    def forget(self) -> None:
-        """Nothing of the run is kept alive by values that were not saved, nor by the tracer."""
-        self._batch, self.asked_call = Batch([], grows=False), None
-        if self._known:
-            self._executable = self.program.bound([], True) if self._executable is not None else None
-        self._known.clear()
-        if self._recorder is not None:
-            self._results: list[Value] = []
-            self._recorder.saved.clear()
-            self._recorder.body.forget()
 
     def _end(self, walk: Walk) -> None:
         finish = walk.step.finish if walk.fast and walk.step is not None else None
@@ -149,19 +113,6 @@ class Tracer:
         self._walk = Walk(self, found.root(user_line(), self._tier()), found.watch.names)
         if here().session is not None or self._batch.grows:
             self._walk.leave()
-
-    @property
-    def _places(self) -> Places:
-        return self.captures.places(self._captured)
-
-    @property
-    def _written(self) -> Recorder:
-        """The recorder; what has been said so far is written down in it."""
-        if self._walk is not None:
-            self._walk.settle()
-        if self._recorder is None:
-            raise TraceError("this trace has no input yet: its values are there inside `with tracer.invoke(x):`")
-        return self._recorder
 
     # -- what the walk asks ------------------------------------------------------------------------------------------
 
@@ -219,14 +170,6 @@ class Tracer:
         return self._written
 
     @property
-    def inputs(self) -> list[Any]:
-        """The leaves of all inputs, as they are given to the program; values of earlier blocks are computed for it."""
-        leaves: list[Any] = flatten(self._batch.joined)[0]
-        for value in values_in(leaves):
-            value.cell.recorder.force()
-        return leaves
-
-    @property
     def needed(self) -> list[Value]:
         """The values of earlier blocks that this one needs."""
         return [*values_in(self.recorder.body.constants), *values_in(self._batch.joined)]
@@ -240,23 +183,6 @@ class Tracer:
     def sizes(self) -> Mapping[str, int]:
         """The named sizes of the inputs."""
         return self._sizes
-
-    @property
-    def program(self) -> Executable:
-        """The finished program.
-
-        Raises: TraceError before the block has ended.
-        """
-        if self._finished is not None and self._executable is None:
-            self._executable = self._finished.executable.bound(self._constants, False)
-        if self._executable is None:
-            raise TraceError("the program is finished when the block ends (in a session, when that ends): use it then")
-        return self._executable
-
-    @property
-    def tier(self) -> str:
-        """How the values were computed: "eager" or "inductor"."""
-        return self.program.tier
 
     @property
     def result(self) -> Any:
@@ -325,7 +251,7 @@ class Tracer:
 
         Without input: a block that sees the whole batch.
         """
-        _check_inputs((args, kwargs))
+        check_inputs((args, kwargs))
         for value in values_in((args, kwargs)):  # rows are joined now
             value.cell.recorder.force()
         return Invoker(self, (args, kwargs))
@@ -465,90 +391,6 @@ class Tracer:
     def save(self, value: Any) -> None:
         """Keep every value of a structure."""
         self.recorder.keep(value)
-
-    # -- running -----------------------------------------------------------------------------------------------------
-
-    def run(self, wanted: Sequence[Value]) -> None:
-        """Compute what was saved, and some values besides; they become plain tensors."""
-        recorder, constants = self._written, self._written.constants
-        asked = recorder.asked(wanted, self._kept)
-        said = [warn_of_lost_edits(recorder.body, asked), warn_of_unused_results(recorder.body, asked)]
-        recorder.has_warned |= any(said)
-        known = [*constants, *self._known.values()]
-        shared = self.captures.executable(self._captured, asked, constants, self._tier(), self._use_known())
-        self._executable = shared.bound(known, bool(self._known))
-        self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
-        self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]
-        recorder.phase, recorder.alive = "done", None
-        self._fill(self._executable.run(self.inputs, known))
-
-    def run_again(self, call: Call, wanted: Sequence[Value]) -> None:
-        """The same block on another input, in a loop of a session; the first time as ``run``.
-
-        Raises: TraceError where the input takes another way through the model.
-        """
-        if self._executable is None:
-            self._batch = Batch([call], grows=False)
-        captured, sizes = self.captures.find(*call)
-        if self._executable is None and captured is self._base:
-            self._written.move(self._places, sizes)
-            return self.run(wanted)
-        fixed = self.program.fixed if self._executable is not None else {}
-        if captured is not self._base or self._known or any(sizes[s] != n for s, n in fixed.items()):
-            raise TraceError(
-                "the elements of this loop take different ways through the model, or the block looks at sizes or "
-                "numbers; write `for item in session.iter(...):`"
-            )
-        return self._fill(self.program.run(flatten(call)[0], self._written.constants))
-
-    def _fill(self, results: Sequence[torch.Tensor]) -> None:
-        """Each saved value becomes its tensor, each tensor of the user's that was changed its new value."""
-        pairs: dict[int, tuple[Value, torch.Tensor]] = {}
-        for value, tensor in zip(self._results, results, strict=False):
-            pairs.setdefault(id(value), (value, tensor))
-        for value, tensor in pairs.values():
-            become(value, tensor)
-        computed = iter(results[len(self._results) :])
-        for keeper in self._keepers:
-            keeper.fill(computed)
-        constants = self._written.constants
-        for number, new in zip(self._updates, results[len(results) - len(self._updates) :], strict=True):
-            with torch.no_grad():
-                constants[number].copy_(new)
-
-    def _tier(self) -> Literal["eager", "inductor"]:
-        return "inductor" if self._backend == "inductor" else "eager"
-
-    def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
-        """The numbers of some nodes, now."""
-        recorder, constants = self._written, self._written.constants
-        asked, known = recorder.intervention((recorder.save_of(nodes),)), self._use_known()
-        executable = self.captures.demanded(self._captured, asked, constants, known)
-        program = executable.program
-        values = executable.run_keeping(self.inputs, [*constants, *self._known.values()])
-        results = [values[node.name] for node in program.results[: len(nodes)]]
-        for name, mark in fingerprints(program.graph, known).items():
-            if isinstance(values.get(name), torch.Tensor):
-                self._known.setdefault(mark, values[name])
-        return results
-
-    def _use_known(self) -> UseKnown | None:
-        """What has been computed for this body already, as constants after its own."""
-        return UseKnown(tuple(self._known), len(self._written.constants)) if self._known else None
-
-
-def _check_inputs(call: Call | None) -> None:
-    """Values of an ended block of this session can be inputs.
-
-    Raises: TraceError for a value of an open block, NotSavedError.
-    """
-    for value in values_in(call):
-        check_usable(value.cell)
-        if value.cell.recorder.is_open:
-            raise TraceError(
-                f"{value.cell.what} is a value of a block that has not ended, and cannot be the input of another; "
-                "end the block first: with model.session(): one trace after the other"
-            )
 
 
 def _inside(address: Address, outer: Address) -> bool:

@@ -1,0 +1,196 @@
+"""What a block runs: its program, its inputs, what has been computed for it, and the values it fills.
+
+``Tracer`` adds what may be said in the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from fxsight.address import Address
+from fxsight.become import become
+from fxsight.captures import Captures
+from fxsight.context import here
+from fxsight.errors import TraceError
+from fxsight.intervention import Save
+from fxsight.invoke import Batch, Invoker
+from fxsight.keep import Keeper
+from fxsight.lost import warn_of_lost_edits, warn_of_unused_results
+from fxsight.passes.use_known import UseKnown, fingerprints
+from fxsight.place import Places
+from fxsight.program import Program
+from fxsight.record import Recorder
+from fxsight.rows import Call, Rows
+from fxsight.run import Executable
+from fxsight.tree import flatten
+from fxsight.value import Value, check_usable, values_in
+from fxsight.walk import Finish, Walk
+
+Backend = Literal["auto", "eager", "inductor"]
+BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")
+
+
+class Running:
+    """One body over one call of a model, from its program to its numbers.
+
+    call: positional and keyword arguments; None where each ``invoke`` brings its own.
+    """
+
+    _captured: Program  # what is recorded on, with what has been opened
+    _base: Program  # the same as it was captured
+    _sizes: Mapping[str, int]
+    _constants: Sequence[torch.Tensor]
+    _results: list[Value]
+
+    def __init__(self, captures: Captures, call: Call | None, backend: Backend) -> None:
+        self.captures = captures
+        self.invoker: Invoker | None = None  # the last
+        self.asked_call = call  # in a loop of a session it may hold items, which are known when the loop runs
+        check_inputs(call)
+        session = here().session
+        self._batch = Batch([session.example(call) if session else call] if call is not None else [], call is None)
+        self._backend: Backend = backend
+        self._known: dict[str, torch.Tensor] = {}
+        self._executable: Executable | None = None
+        self._recorder: Recorder | None = None
+        self._walk: Walk | None = None
+        self._finished: Finish | None = None
+        self.position = session.position if session else 0
+        self._skipped: list[tuple[Address, Rows | None, str]] = []
+        self._keepers: list[Keeper] = []
+        self._kept: list[Save] = []
+
+    def forget(self) -> None:
+        """Nothing of the run is kept alive by values that were not saved, nor by the tracer."""
+        self._batch, self.asked_call = Batch([], grows=False), None
+        if self._known:
+            self._executable = self.program.bound([], True) if self._executable is not None else None
+        self._known.clear()
+        if self._recorder is not None:
+            self._results = []
+            self._recorder.saved.clear()
+            self._recorder.body.forget()
+
+    @property
+    def _places(self) -> Places:
+        return self.captures.places(self._captured)
+
+    @property
+    def _written(self) -> Recorder:
+        """The recorder; what has been said so far is written down in it."""
+        if self._walk is not None:
+            self._walk.settle()
+        if self._recorder is None:
+            raise TraceError("this trace has no input yet: its values are there inside `with tracer.invoke(x):`")
+        return self._recorder
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The leaves of all inputs, as they are given to the program; values of earlier blocks are computed for it."""
+        leaves: list[Any] = flatten(self._batch.joined)[0]
+        for value in values_in(leaves):
+            value.cell.recorder.force()
+        return leaves
+
+    @property
+    def program(self) -> Executable:
+        """The finished program.
+
+        Raises: TraceError before the block has ended.
+        """
+        if self._finished is not None and self._executable is None:
+            self._executable = self._finished.executable.bound(self._constants, False)
+        if self._executable is None:
+            raise TraceError("the program is finished when the block ends (in a session, when that ends): use it then")
+        return self._executable
+
+    @property
+    def tier(self) -> str:
+        """How the values were computed: "eager" or "inductor"."""
+        return self.program.tier
+
+    def run(self, wanted: Sequence[Value]) -> None:
+        """Compute what was saved, and some values besides; they become plain tensors."""
+        recorder, constants = self._written, self._written.constants
+        asked = recorder.asked(wanted, self._kept)
+        said = [warn_of_lost_edits(recorder.body, asked), warn_of_unused_results(recorder.body, asked)]
+        recorder.has_warned |= any(said)
+        known = [*constants, *self._known.values()]
+        shared = self.captures.executable(self._captured, asked, constants, self._tier(), self._use_known())
+        self._executable = shared.bound(known, bool(self._known))
+        self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
+        self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]
+        recorder.phase, recorder.alive = "done", None
+        self._fill(self._executable.run(self.inputs, known))
+
+    def run_again(self, call: Call, wanted: Sequence[Value]) -> None:
+        """The same block on another input, in a loop of a session; the first time as ``run``.
+
+        Raises: TraceError where the input takes another way through the model.
+        """
+        if self._executable is None:
+            self._batch = Batch([call], grows=False)
+        captured, sizes = self.captures.find(*call)
+        if self._executable is None and captured is self._base:
+            self._written.move(self._places, sizes)
+            return self.run(wanted)
+        fixed = self.program.fixed if self._executable is not None else {}
+        if captured is not self._base or self._known or any(sizes[s] != n for s, n in fixed.items()):
+            raise TraceError(
+                "the elements of this loop take different ways through the model, or the block looks at sizes or "
+                "numbers; write `for item in session.iter(...):`"
+            )
+        return self._fill(self.program.run(flatten(call)[0], self._written.constants))
+
+    def _fill(self, results: Sequence[torch.Tensor]) -> None:
+        """Each saved value becomes its tensor, each tensor of the user's that was changed its new value."""
+        pairs: dict[int, tuple[Value, torch.Tensor]] = {}
+        for value, tensor in zip(self._results, results, strict=False):
+            pairs.setdefault(id(value), (value, tensor))
+        for value, tensor in pairs.values():
+            become(value, tensor)
+        computed = iter(results[len(self._results) :])
+        for keeper in self._keepers:
+            keeper.fill(computed)
+        constants = self._written.constants
+        for number, new in zip(self._updates, results[len(results) - len(self._updates) :], strict=True):
+            with torch.no_grad():
+                constants[number].copy_(new)
+
+    def _tier(self) -> Literal["eager", "inductor"]:
+        return "inductor" if self._backend == "inductor" else "eager"
+
+    def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
+        """The numbers of some nodes, now."""
+        recorder, constants = self._written, self._written.constants
+        asked, known = recorder.intervention((recorder.save_of(nodes),)), self._use_known()
+        executable = self.captures.demanded(self._captured, asked, constants, known)
+        program = executable.program
+        values = executable.run_keeping(self.inputs, [*constants, *self._known.values()])
+        results = [values[node.name] for node in program.results[: len(nodes)]]
+        for name, mark in fingerprints(program.graph, known).items():
+            if isinstance(values.get(name), torch.Tensor):
+                self._known.setdefault(mark, values[name])
+        return results
+
+    def _use_known(self) -> UseKnown | None:
+        """What has been computed for this body already, as constants after its own."""
+        return UseKnown(tuple(self._known), len(self._written.constants)) if self._known else None
+
+
+def check_inputs(call: Call | None) -> None:
+    """Values of an ended block of this session can be inputs.
+
+    Raises: TraceError for a value of an open block, NotSavedError.
+    """
+    for value in values_in(call):
+        check_usable(value.cell)
+        if value.cell.recorder.is_open:
+            raise TraceError(
+                f"{value.cell.what} is a value of a block that has not ended, and cannot be the input of another; "
+                "end the block first: with model.session(): one trace after the other"
+            )
