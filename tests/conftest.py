@@ -11,6 +11,7 @@ import pytest
 
 # Before torch, transformers or numpy are imported: they read these once.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_CBWR"] = "COMPATIBLE"  # on some processors MKL rounds by where in memory a matrix begins
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
