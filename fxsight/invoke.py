@@ -9,18 +9,19 @@ from typing import Any, Protocol
 import sympy
 
 from fxsight.errors import TraceError
+from fxsight.inputs import Inputs
 from fxsight.program import Program
-from fxsight.rows import Call, Rows, batch_size, join, row_count
+from fxsight.rows import Call, Rows, batch_size, row_count
 
 
 class Batch:
     """The inputs of one trace, as they come: those of ``trace(x)``, or one for each invoke.
 
-    grows: whether invokes may bring inputs.
+    grows: whether invokes may bring inputs.  inputs: how several calls become one.
     """
 
-    def __init__(self, calls: list[Call], grows: bool) -> None:
-        self.calls, self.grows = calls, grows
+    def __init__(self, calls: list[Call], grows: bool, inputs: Inputs) -> None:
+        self.calls, self.grows, self._inputs = calls, grows, inputs
         self.joined: Call = calls[0] if calls else ((), {})
         self._open: Invoker | None = None
         self._whole_seen = False
@@ -58,7 +59,7 @@ class Batch:
                 "an invoke with an input where the whole batch has been seen already, in an invoke without input or "
                 "outside the invokes: write it before"
             )
-        self.joined = join([*self.calls, call])
+        self.joined = self._inputs.join([*self.calls, call])
         self.calls.append(call)
 
     def rows_of(self, program: Program) -> Rows:
@@ -87,7 +88,7 @@ class Invoking(Protocol):
 class Invoker:
     """One block: ``with tracer.invoke(x) as invoker:``.
 
-    inputs: positional and keyword arguments, as given.
+    call: positional and keyword arguments of the module, for this block.
     """
 
     def __init__(self, tracer: Invoking, call: Call) -> None:
@@ -95,7 +96,7 @@ class Invoker:
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """``(args, kwargs)`` of this block."""
+        """``(args, kwargs)`` of the module for this block: the tokens of a text."""
         return self.call
 
     @property

@@ -15,13 +15,14 @@ from fxsight.containers import Saved
 from fxsight.context import here
 from fxsight.errors import RenameError, TraceError, nearest
 from fxsight.grid import Grid
+from fxsight.inputs import PLAIN, Inputs
 from fxsight.methods import Method
 from fxsight.plan import Plan
 from fxsight.rename import Aliases, Rename
 from fxsight.running import BACKENDS
 from fxsight.session import Session
 from fxsight.store import Store
-from fxsight.sweep import plan_sweep
+from fxsight.sweep import plan_sweep, split_arguments
 from fxsight.tracer import Scan, Tracer
 from fxsight.tree import flatten
 from fxsight.view import View, words
@@ -64,7 +65,7 @@ class Model(View):
         own["_options"] = {"cache": cache, "rename": rename or {}, "views": views or {}, "methods": tuple(methods)}
         artifacts = Artifacts.on_disk() if cache else Artifacts()
         own["_captures"] = Captures(module, Store() if cache else None, artifacts)
-        own["_paths"], own["_methods"], own["_aliases"] = {}, {}, Aliases()
+        own["_inputs"], own["_paths"], own["_methods"], own["_aliases"] = PLAIN, {}, {}, Aliases()
         _check_views(views.values() if isinstance(views, Mapping) else (views,))
         for name in self._options["methods"]:
             self.method(name)
@@ -94,9 +95,11 @@ class Model(View):
         if backend not in BACKENDS:
             raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
         kwargs = {**kwargs, **(invoker_args or {})}
+        inputs: Inputs = self._inputs
         if not trace:
-            return self._module(*args, **kwargs)
-        return Tracer(self._captures, (args, kwargs) if args or kwargs else None, backend)
+            return self._plainly(*inputs.prepare(args, kwargs))
+        given = (args, kwargs) if inputs.are_given(args, kwargs) else None
+        return Tracer(self._captures, given, backend, inputs)
 
     def capture(self, *args: Any, **kwargs: Any) -> Model:
         """Capture ``module(*args, **kwargs)``, so that its operations can be browsed; works without weights.
@@ -105,16 +108,18 @@ class Model(View):
 
         Raises: CaptureError.
         """
+        args, kwargs = self._inputs.prepare(args, kwargs)
         self._captures.find(args, kwargs)
         return self
 
     def scan(self, *args: Any, **kwargs: Any) -> Scan:
         """A block in which shapes and dtypes are known and nothing is run; works without weights."""
-        return Scan(self._captures, (args, kwargs), "eager")
+        return Scan(self._captures, (args, kwargs), "eager", self._inputs)
 
     def plan(self, body: Any, *args: Any, mode: str = "exact", **kwargs: Any) -> Plan:
         """How ``sweep`` would compute it: ``print(plan)`` shows what is shared and what it costs; ``plan.run()``."""
-        return plan_sweep(self._captures, body, args, kwargs, mode)
+        axes, own = split_arguments(body, kwargs)
+        return plan_sweep(self._captures, body, self._inputs.prepare(args, own), axes, mode)
 
     def sweep(self, body: Any, *args: Any, mode: str = "exact", progress: bool = True, **kwargs: Any) -> Grid:
         """One body for every cell of a grid: ``body(layer=..., position=...)`` reads and writes values of this model.
@@ -156,6 +161,10 @@ class Model(View):
         called = object.__new__(type(self))
         called.__dict__.update(self.__dict__, _captures=self._captures.of(method))
         return called
+
+    def _plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The module's own output."""
+        return self._module(*args, **kwargs)
 
     # -- what its views ask ------------------------------------------------------------------------------------------
 

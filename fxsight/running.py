@@ -16,6 +16,7 @@ from fxsight.become import become
 from fxsight.captures import Captures
 from fxsight.context import here
 from fxsight.errors import TraceError
+from fxsight.inputs import PLAIN, Inputs
 from fxsight.intervention import Save
 from fxsight.invoke import Batch, Invoker
 from fxsight.keep import Keeper
@@ -37,7 +38,8 @@ BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")
 class Running:
     """One body over one call of a model, from its program to its numbers.
 
-    call: positional and keyword arguments; None where each ``invoke`` brings its own.
+    call: positional and keyword arguments, as given; None where each ``invoke`` brings its own.
+    inputs: what makes the call of the module of them.
     """
 
     _captured: Program  # what is recorded on, with what has been opened
@@ -46,13 +48,14 @@ class Running:
     _constants: Sequence[torch.Tensor]
     _results: list[Value]
 
-    def __init__(self, captures: Captures, call: Call | None, backend: Backend) -> None:
-        self.captures = captures
+    def __init__(self, captures: Captures, call: Call | None, backend: Backend, inputs: Inputs = PLAIN) -> None:
+        self.captures, self._inputs = captures, inputs
         self.invoker: Invoker | None = None  # the last
         self.asked_call = call  # in a loop of a session it may hold items, which are known when the loop runs
         check_inputs(call)
         session = here().session
-        self._batch = Batch([session.example(call) if session else call] if call is not None else [], call is None)
+        given = session.example(call) if session and call is not None else call
+        self._batch = Batch([] if given is None else [inputs.prepare(*given)], given is None, inputs)
         self._backend: Backend = backend
         self._known: dict[str, torch.Tensor] = {}
         self._executable: Executable | None = None
@@ -66,7 +69,7 @@ class Running:
 
     def forget(self) -> None:
         """Nothing of the run is kept alive by values that were not saved, nor by the tracer."""
-        self._batch, self.asked_call = Batch([], grows=False), None
+        self._batch, self.asked_call = Batch([], False, self._inputs), None
         if self._known:
             self._executable = self.program.bound([], True) if self._executable is not None else None
         self._known.clear()
@@ -132,8 +135,9 @@ class Running:
 
         Raises: TraceError where the input takes another way through the model.
         """
+        call = self._inputs.prepare(*call)
         if self._executable is None:
-            self._batch = Batch([call], grows=False)
+            self._batch = Batch([call], False, self._inputs)
         captured, sizes = self.captures.find(*call)
         if self._executable is None and captured is self._base:
             self._written.move(self._places, sizes)

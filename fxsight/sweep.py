@@ -32,6 +32,7 @@ from fxsight.parts import Alike, cut
 from fxsight.pipeline import cell_pass
 from fxsight.plan import Plan, Returned
 from fxsight.progress import Progress
+from fxsight.rows import Call
 from fxsight.run import Executable
 from fxsight.spec import TensorSpec
 from fxsight.tracer import Tracer
@@ -210,7 +211,7 @@ def _axis(name: str, given: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 # -- the sweep -------------------------------------------------------------------------------------------------------
 
 
-def plan_sweep(captures: Captures, body: Body, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: str) -> Plan:
+def plan_sweep(captures: Captures, body: Body, call: Call, axes: Mapping[str, Any], mode: str) -> Plan:
     """Record every cell, and find what they share; nothing runs but the numbers that a body asks for.
 
     Raises: what the body raises, with the name of its cell; TraceError.
@@ -219,10 +220,9 @@ def plan_sweep(captures: Captures, body: Body, args: tuple[Any, ...], kwargs: Ma
         raise TraceError(f"no mode {mode!r}; one of {', '.join(MODES)}")
     if here().session is not None:
         raise TraceError("a sweep inside a session: it runs at once; write it before or after")
-    axes, own = split_arguments(body, kwargs)
     both = {name: _axis(name, given) for name, given in axes.items()}
     labels = {name: pair[0] for name, pair in both.items()}
-    cells = _record(captures, body, (args, own), labels, {name: pair[1] for name, pair in both.items()})
+    cells = _record(captures, body, call, labels, {name: pair[1] for name, pair in both.items()})
     groups, alone = _alike(captures, cells)
     parts = cut(groups, captures.module)
     return Plan(labels, cells, parts, alone, _same_returns(cells), mode, captures, cells[0].sizes, cells[0].leaves)

@@ -43,7 +43,7 @@ from fxsight.write import check_write, present
 class Tracer(Running):
     """The trace of one body over one call of a model.
 
-    call: positional and keyword arguments; None where each ``invoke`` brings its own.
+    call: positional and keyword arguments, as given; None where each ``invoke`` brings its own.
     program: after the block, the finished program: printable, callable on new inputs (returns the saves in order).
     tier: how the values were computed: "eager" (bitwise the model's own) or "inductor" (``lower.TOLERANCE``).
     """
@@ -254,7 +254,7 @@ class Tracer(Running):
         check_inputs((args, kwargs))
         for value in values_in((args, kwargs)):  # rows are joined now
             value.cell.recorder.force()
-        return Invoker(self, (args, kwargs))
+        return Invoker(self, self._inputs.prepare(args, kwargs) if args or kwargs else ((), {}))
 
     def barrier(self, count: int = 0) -> Any:
         """Accepted, and not needed: values flow between invokes as data.  Returns: a function that does nothing."""

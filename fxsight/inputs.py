@@ -1,0 +1,34 @@
+"""From what a user gives to the call of the module: the seam at which prompts become tokens.
+
+A model has one ``Inputs``. Plain models have this one, which takes tensors as they are; a language model has
+``prompts.Prompts``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fxsight.rows import Call, join
+
+
+class Inputs:
+    """What the blocks of a model ask of inputs."""
+
+    def are_given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether there is an input in the arguments of a block; without, the invokes in it bring theirs."""
+        return bool(args or kwargs)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """The call of the module for the arguments of a block, values of other blocks left as they are."""
+        return args, kwargs
+
+    def join(self, calls: Sequence[Call]) -> Call:
+        """One call with the rows of several.
+
+        Raises: TraceError where they cannot be one batch.
+        """
+        return join(calls)
+
+
+PLAIN = Inputs()
