@@ -326,7 +326,9 @@ class Body:
                 *(self.numbers(x).item() if isinstance(x, Value) else x for x in (leaf.start, leaf.stop, leaf.step))
             )
         if isinstance(leaf, torch.nn.Module):
-            raise TraceError(f"a module cannot be an argument of a recorded call: {type(leaf).__name__}")
+            raise TraceError(
+                f"a {type(leaf).__name__} cannot be an argument of a recorded call; call the module itself on the value"
+            )
         plain: Any = leaf
         return (
             plain.item() if type(plain).__module__ == "numpy" and hasattr(plain, "item") and not plain.shape else plain

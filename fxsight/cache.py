@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fxsight.errors import NotCached, TraceError, nearest
+from fxsight.rename import Aliases
 from fxsight.spec import TensorSpec
 from fxsight.tree import map_leaves
 
@@ -82,7 +83,8 @@ class Cache(Mapping[str, Any]):
     TraceError before the end of the block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aliases: Aliases | None = None) -> None:
+        self._aliases = Aliases(table=(aliases or Aliases()).table)
         self._entries: dict[str, tuple[Entry, ...]] = {}
         self._names: dict[str, None] = {}  # the keys of all modules of the model, in order
         self._absent: dict[str, str] = {}
@@ -112,7 +114,7 @@ class Cache(Mapping[str, Any]):
     def calls(self, key: str) -> tuple[Entry, ...]:
         """One entry for each call of a module; of ``key#n`` one alone."""
         name, _, number = key.partition("#")
-        calls = next((self._filled[k] for k in (name, key_of(name)) if k in self._filled), None)
+        calls = next((self._filled[k] for k in (name, key_of(name), self._own(name)) if k in self._filled), None)
         if calls is None:
             raise NotCached(self._why_absent(name))
         if not number:
@@ -121,8 +123,12 @@ class Cache(Mapping[str, Any]):
             raise NotCached(f"no call {number} of {name} in this cache: it was called {_times(len(calls))}")
         return (calls[int(number)],)
 
+    def _own(self, key: str) -> str:
+        """The key with the model's own names for aliases."""
+        return key_of(self._aliases.resolve(key.removeprefix(ROOT).removeprefix(".")))
+
     def _why_absent(self, name: str) -> str:
-        key = next((k for k in (name, key_of(name)) if k in self._names), None)
+        key = next((k for k in (name, key_of(name), self._own(name)) if k in self._names), None)
         if key is None:
             known = [*self._filled, *(k.removeprefix(f"{ROOT}.") for k in self._filled)]
             return f"no module {name!r} in this cache; {nearest(name, known) or 'see cache.keys()'}"
@@ -152,6 +158,8 @@ class Cache(Mapping[str, Any]):
         Raises: NotCached where the model has no such module.
         """
         self._filled  # noqa: B018 - raises before the end of the block
+        if key not in self._names and self._own(key) in self._names:
+            key = self._own(key)
         if key not in self._names:
             parent, _, name = key.rpartition(".")
             known = [k.rpartition(".")[2] for k in self.children(parent)]

@@ -32,6 +32,7 @@ from fxsight.pipeline import demand_pipeline, pipeline_for
 from fxsight.place import Places
 from fxsight.program import Program
 from fxsight.progress import Progress
+from fxsight.rename import Aliases
 from fxsight.run import Executable, Weights
 from fxsight.sizes import bind_sizes
 from fxsight.source import SourceReader
@@ -60,9 +61,10 @@ class Found:
 
 @dataclass
 class Now:
-    """What all methods of a model share: how many captures were made here."""
+    """What all methods of a model share: how many captures were made here, and the further names of its modules."""
 
     made: int = 0
+    aliases: Aliases = field(default_factory=Aliases)
 
 
 class Captures:

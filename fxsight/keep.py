@@ -17,6 +17,7 @@ from fxsight.intervention import Save
 from fxsight.node import Fixed
 from fxsight.place import Location, Place
 from fxsight.record import Recorder, fixed
+from fxsight.rename import Aliases
 from fxsight.rows import Rows, batch_size
 from fxsight.tree import Tree
 from fxsight.write import constant
@@ -150,7 +151,7 @@ class Keeper:
         return absent | {key_of(path): next(iter(why.values())) for (path, _), why in self._missing.items()}
 
 
-def paths_of(modules: Any, root: nn.Module) -> frozenset[str] | None:
+def paths_of(modules: Any, root: nn.Module, aliases: Aliases) -> frozenset[str] | None:
     """The paths of the modules that a cache is asked for: views, paths, keys; None for all.
 
     Raises: UnknownAddress for a name that the model does not have; TraceError for what is none of its modules.
@@ -159,12 +160,13 @@ def paths_of(modules: Any, root: nn.Module) -> frozenset[str] | None:
         return None
     known = {key_of(path): part for path, part in root.named_modules(remove_duplicate=False)}
     single = isinstance(modules, str) or hasattr(modules, "address")
-    return frozenset(_path_of(module, known) for module in ([modules] if single else modules))
+    return frozenset(_path_of(module, known, aliases) for module in ([modules] if single else modules))
 
 
-def _path_of(module: Any, known: Mapping[str, nn.Module]) -> str:
+def _path_of(module: Any, known: Mapping[str, nn.Module], aliases: Aliases) -> str:
     if isinstance(module, str):
-        key = next((k for k in (module, key_of(module)) if k in known), None)
+        own = key_of(aliases.resolve(module.removeprefix(f"{ROOT}.")))
+        key = next((k for k in (module, key_of(module), own) if k in known), None)
         if key is None:
             raise UnknownAddress(f"no module {module!r} in this model; {nearest(key_of(module), known) or ROOT}")
         return key.removeprefix(ROOT).removeprefix(".")

@@ -69,7 +69,7 @@ class Model(View):
         _check_views(views.values() if isinstance(views, Mapping) else (views,))
         for name in self._options["methods"]:
             self.method(name)
-        own["_aliases"] = Aliases.of(module, self._options["rename"], self._words)
+        own["_aliases"] = self._captures.shared.aliases = Aliases.of(module, self._options["rename"], self._words)
 
     def trace(
         self,
@@ -222,7 +222,7 @@ class Model(View):
         except RenameError:
             delattr(parent, name) if before is None else setattr(parent, name, before)
             raise
-        self.__dict__["_aliases"] = aliases
+        self.__dict__["_aliases"] = self._captures.shared.aliases = aliases
         self._captures.attach(parent, name, before)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
@@ -228,8 +229,9 @@ class Tracer(Running):
         rows = None if self._recorder is None else self._recorder.rows
         where = None if device is None else torch.empty(0, device=device).device  # "cuda" is the present "cuda:n"
         kept = tuple(port for port, wanted in ports if wanted)
-        asked = Asked(paths_of(modules, root), kept, where, dtype, detach, rows, user_line())
-        cache = Cache()
+        aliases = self.captures.shared.aliases
+        asked = Asked(paths_of(modules, root, aliases), kept, where, dtype, detach, rows, user_line())
+        cache = Cache(aliases)
         if self._recorder is not None and self._recorder.in_dead_branch:
             cache.void("it belongs to a branch whose condition was false")
         else:
@@ -334,8 +336,13 @@ class Tracer(Running):
             self._recorder.move(self._places)
 
     def at(self, address: str | Address) -> At:
-        """The place of an address, with ``output``, ``input`` and ``inputs`` to read and write."""
-        return At(self, self.place(Address.parse(address) if isinstance(address, str) else address).address)
+        """The place of an address, with ``output``, ``input`` and ``inputs`` to read and write.
+
+        Raises: AddressError, UnknownAddress, NotExecuted.
+        """
+        asked = Address.parse(address) if isinstance(address, str) else address
+        own = replace(asked, module=self.captures.shared.aliases.resolve(asked.module))
+        return At(self, self.place(own).address)
 
     def read(self, address: Address, port: str) -> Any:
         """The value at a port of a place: values, in the structure that the model has there.

@@ -208,7 +208,10 @@ class Value(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
-        raise TraceError(f"{func} was reached without being recorded; call torch functions on values of a trace")
+        raise TraceError(
+            f"{func} was reached without being recorded: torch.vmap and the other transforms of torch.func do not see "
+            "through values of a trace; write it without them, or as fxsight.apply(torch.vmap(f), value)"
+        )
 
     def save(self) -> Value:
         """Keep the value: after the block this object is a plain tensor.  Returns: itself."""

@@ -66,8 +66,12 @@ def _build(
     members = Members(parts)
 
     def assign(key: int, value: Any) -> None:
-        pairs = zip(slots[key], flatten(value)[0], strict=True)
-        for location, leaf in pairs:
+        given, outline = flatten(value)
+        if len(given) != len(slots[key]):
+            raise WriteError(
+                f"{address.place}: member {key} is {_kind(tree.children[key])}, and what is written is {_kind(outline)}"
+            )
+        for location, leaf in zip(slots[key], given, strict=True):
             if location is None:
                 raise WriteError(f"{address.place}: member {key} is not a tensor and cannot be written")
             write(location, _fit(recorder, location, leaf))
@@ -125,7 +129,7 @@ def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
     if given.dtype != spec.dtype or given.device != spec.device:
         raise WriteError(
             f"{location.address} is {spec} on {spec.device}, and what is written is {_describe(leaf)}; "
-            f"write value.to({str(spec.dtype)!s})"
+            f"write {_moved(given, spec)}"
         )
     if given.shape == spec.shape:
         return (
@@ -134,6 +138,13 @@ def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
             else recorder.call(torch.Tensor.contiguous, (leaf,), {})
         )
     return _expanded(recorder, location, leaf, spec)
+
+
+def _moved(given: TensorSpec, spec: TensorSpec) -> str:
+    """How the user writes a value as it has to be."""
+    parts = [str(spec.dtype)] if given.dtype != spec.dtype else []
+    parts += [repr(spec.device)] if given.device != spec.device else []
+    return f"value{''.join(f'.to({part})' for part in parts)}"
 
 
 def _expanded(recorder: Recorder, location: Location, leaf: torch.Tensor, spec: TensorSpec) -> Any:

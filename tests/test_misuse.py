@@ -148,6 +148,25 @@ def test_wrong_shape_of_a_value() -> None:
     _misuse(body, WriteError, message)
 
 
+def test_a_member_of_another_structure() -> None:
+    model = fxsight.Model(nn.Sequential(nn.GRU(4, 4, batch_first=True)), cache=False)
+
+    def body() -> None:
+        with model.trace(_x()[:, None]):
+            model[0].output[1] = (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))  # here
+
+    _misuse(body, WriteError, "0: member 1 is one tensor, and what is written is a tuple of 2")
+
+
+def test_wrong_device() -> None:
+    def body() -> None:
+        with _model().trace(_x()):
+            _model().layers[1].output = torch.zeros(2, 4, device="meta")  # here
+
+    message = "layers.1:output is f32[2, 4] on cpu, and what is written is f32[2, 4] on meta; write value.to('cpu')"
+    _misuse(body, WriteError, message)
+
+
 def test_wrong_dtype() -> None:
     def body() -> None:
         with _model().trace(_x()):
@@ -686,8 +705,16 @@ def test_transforms_of_functions() -> None:
         with _model().trace(_x()):
             torch.vmap(lambda row: row * 2)(_model().layers[0].output)  # here
 
-    message = "aten.mul.Tensor was reached without being recorded; call torch functions on values of a trace"
+    message = (
+        "aten.mul.Tensor was reached without being recorded: torch.vmap and the other transforms of torch.func do not "
+        "see through values of a trace; write it without them, or as fxsight.apply(torch.vmap(f), value)"
+    )
     _misuse(body, TraceError, message)
+    model = _model()
+    with model.trace(_x()):
+        rows = fxsight.apply(torch.vmap(torch.neg), model.layers[0].output).save()
+        plain = model.layers[0].output.save()
+    assert torch.equal(rows, -plain)
 
 
 def test_the_gradient_of_a_value() -> None:

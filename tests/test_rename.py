@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from fxsight import Model
-from fxsight.errors import RenameError
+from fxsight.errors import NotCached, RenameError
 
 
 class Mlp(nn.Module):
@@ -113,6 +114,22 @@ def test_values_and_addresses_through_aliases() -> None:
     assert torch.equal(one, seen[0]) and torch.equal(two, one) and torch.equal(four, one)
     assert three.shape == (2, 8)
     assert str(model.layers[0].ff.address) == "transformer.h.0.mlp"
+
+
+def test_addresses_and_caches_know_aliases() -> None:
+    model = _renamed({"transformer.h": "layers", "mlp": "ff"})
+    with model.trace(_x()) as tracer:
+        kept = tracer.cache(modules=["layers.1.ff", model.layers[0]])
+        found = tracer.at("layers.1.ff").output.save()
+        inner = tracer.at("layers.1.ff/torch_relu_0:output").output.save()
+    copied = pickle.loads(pickle.dumps(kept))
+    assert list(kept) == ["model.transformer.h.0", "model.transformer.h.1.mlp"]
+    for cache in (kept, copied):
+        assert torch.equal(cache["layers.1.ff"].output, found) and "model.layers.1.ff" in cache
+        assert torch.equal(cache.model.layers[1].ff.output, found)
+    assert inner.shape == (2, 8)
+    with pytest.raises(NotCached, match=r"layers\.1 is not in this cache: it was not asked for"):
+        kept["layers.1"]
 
 
 def test_what_is_printed_and_completed() -> None:
