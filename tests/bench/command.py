@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tests.bench import hotspots, language, regions, startup, t1, w1
+from tests.bench import hotspots, language, memory, regions, startup, t1, w1
 from tests.bench.case import NNSIGHT_PYTHON, Bench, Options, Workload, say
 from tests.bench.remote import Worker
 from tests.bench.report import Table, machine, replace_between
@@ -21,6 +21,7 @@ WORKLOADS: Sequence[Workload] = (
     language.SMALL,
     startup.CAPTURE,
     startup.COMPILE,
+    memory.WORKLOAD,
     regions.WORKLOAD,
     w1.WORKLOAD,
     hotspots.WORKLOAD,
