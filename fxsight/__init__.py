@@ -29,6 +29,7 @@ from fxsight.errors import TraceError as TraceError
 from fxsight.errors import UnknownAddress as UnknownAddress
 from fxsight.errors import WriteError as WriteError
 from fxsight.grid import Grid as Grid
+from fxsight.language import LanguageModel as LanguageModel
 from fxsight.model import Model as Model
 from fxsight.model import apply as apply
 from fxsight.model import save as save

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
-import sympy
-
 from fxsight.errors import TraceError
 from fxsight.inputs import Inputs
 from fxsight.program import Program
-from fxsight.rows import Call, Rows, batch_size, row_count
+from fxsight.rows import Call, Rows, batch_sizes, row_count
 
 
 class Batch:
@@ -62,15 +60,10 @@ class Batch:
         self.joined = self._inputs.join([*self.calls, call])
         self.calls.append(call)
 
-    def rows_of(self, program: Program) -> Rows:
-        """The rows of the call that came last."""
+    def rows_of(self, program: Program, sizes: Mapping[str, int]) -> Rows:
+        """The rows of the call that came last.  sizes: of all rows."""
         counts = [row_count(call) for call in self.calls]
-        return Rows(sum(counts[:-1]), sum(counts), sum(counts), batch_size(program))
-
-    def sizes_of(self, program: Program) -> set[str]:
-        """The names of the sizes that the rows fix."""
-        size = batch_size(program)
-        return {size.name} if isinstance(size, sympy.Symbol) else set()
+        return Rows(sum(counts[:-1]), sum(counts), sum(counts), batch_sizes(program, sizes))
 
 
 class Invoking(Protocol):

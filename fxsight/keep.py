@@ -18,7 +18,7 @@ from fxsight.node import Fixed
 from fxsight.place import Location, Place
 from fxsight.record import Recorder, fixed
 from fxsight.rename import Aliases
-from fxsight.rows import Rows, batch_size
+from fxsight.rows import Rows, batch_sizes
 from fxsight.tree import Tree
 from fxsight.write import constant
 
@@ -67,7 +67,7 @@ class Keeper:
     def read(self, recorder: Recorder, why_not: WhyNot) -> Save:
         """Find the present value of everything that is asked for.  Returns: what the program is to keep."""
         program, rows = recorder.program, self._asked.rows
-        recorder.rows = None if rows is None else replace(rows, size=batch_size(program))
+        recorder.rows = None if rows is None else replace(rows, sizes=batch_sizes(program, recorder.sizes))
         for (path, number), call in program.book.modules.items():
             if self._asked.paths is None or path in self._asked.paths:
                 reason = why_not(Address(path, number))

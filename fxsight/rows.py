@@ -11,7 +11,7 @@ import torch
 
 from fxsight.errors import TraceError
 from fxsight.program import Program
-from fxsight.spec import TensorSpec
+from fxsight.spec import TensorSpec, number
 from fxsight.tree import flatten
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword arguments
@@ -21,30 +21,36 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword argum
 class Rows:
     """Rows ``start`` to ``stop`` of a batch that has ``total`` so far.
 
-    size: the batch as the program has it: a symbol, or a number where the program holds for one batch alone.
+    sizes: the batch as the program has it: a symbol, or a number where the program holds for one batch alone. Inputs
+    of which the model's code does not say that they have one batch (tokens and their mask) have a symbol each.
     """
 
     start: int
     stop: int
     total: int
-    size: Any
+    sizes: frozenset[Any]
 
     @property
     def count(self) -> int:
         """How many rows."""
         return self.stop - self.start
 
+    @property
+    def names(self) -> set[str]:
+        """The names of the sizes that the rows fix."""
+        return {size.name for size in self.sizes if isinstance(size, sympy.Symbol)}
+
     def dim_of(self, spec: TensorSpec) -> int | None:
         """The dimension of a value that has one entry per row of the batch; None for a value that all rows share.
 
         Raises: TraceError for a value in which the batch is folded into another dimension.
         """
-        if not isinstance(self.size, sympy.Symbol):
-            return 0 if spec.shape and spec.shape[0] == self.size else None
-        holding = [d for d, size in enumerate(spec.shape) if self.size in getattr(size, "free_symbols", ())]
+        if spec.shape and spec.shape[0] in self.sizes and not isinstance(spec.shape[0], sympy.Symbol):
+            return 0
+        holding = [d for d, size in enumerate(spec.shape) if self.sizes & getattr(size, "free_symbols", frozenset())]
         if not holding:
             return None
-        if len(holding) > 1 or spec.shape[holding[0]] != self.size:
+        if len(holding) > 1 or spec.shape[holding[0]] not in self.sizes:
             raise TraceError(
                 f"its shape is {spec}: the rows of the batch are no dimension of their own there; read or write it "
                 "for all rows, outside the invokes, or read another value"
@@ -100,6 +106,12 @@ def _join_leaf(leaves: list[Any], counts: Sequence[int]) -> Any:
     if all(torch.equal(x, first) for x in leaves):
         return first
     raise TraceError("the invokes of one trace have different tensors that do not carry the batch; use two traces")
+
+
+def batch_sizes(program: Program, sizes: Mapping[str, int]) -> frozenset[Any]:
+    """The batch of a program: the first dimension of each tensor input that has an entry for each row."""
+    first = [leaf.shape[0] for leaf in program.input_leaves if isinstance(leaf, TensorSpec) and leaf.shape]
+    return frozenset(size for size in first if number(size, sizes) == number(first[0], sizes))
 
 
 def batch_size(program: Program) -> Any:

@@ -276,8 +276,9 @@ class Tracer(Running):
             self._begin()
         else:
             self._grow(self.recorder)
-        self.recorder.body.looked |= self._batch.sizes_of(self._captured)
-        self.recorder.rows = self._batch.rows_of(self._captured)
+        rows = self._batch.rows_of(self._captured, self._sizes)
+        self.recorder.body.looked |= rows.names
+        self.recorder.rows = rows
 
     def leave_invoke(self) -> None:
         """All rows are read and written from now on."""

@@ -6,7 +6,6 @@ fxsight itself does not have. ``docs/coming-from-nnsight.md`` says what is diffe
 
 from __future__ import annotations
 
-import builtins
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -120,7 +119,7 @@ class NNsight(Model, Envoy):
     envoys: what ``Model`` calls ``views``; other options are those of ``Model``.
     """
 
-    def __init__(self, module: nn.Module, *, envoys: Any = None, **options: Any) -> None:
+    def __init__(self, module: Any, *, envoys: Any = None, **options: Any) -> None:
         super().__init__(module, **options, **({} if envoys is None else {"views": envoys}))
 
     def _view_class(self, module: nn.Module, path: Any) -> type[View]:
@@ -144,40 +143,8 @@ class NNsight(Model, Envoy):
         return super().session()
 
 
-class LanguageModel(NNsight):
-    """A loaded language model and its tokenizer, so that a block can be given a text.
-
-    Raises: TypeError for a name: models are loaded with ``transformers``.
-    """
-
-    def __init__(self, module: nn.Module, *, tokenizer: Any = None, **options: Any) -> None:
-        given: Any = module
-        if not isinstance(given, nn.Module):
-            raise TypeError(
-                f"LanguageModel(...) takes a loaded module, not {given!r}: load it, LanguageModel("
-                "AutoModelForCausalLM.from_pretrained(name), tokenizer=AutoTokenizer.from_pretrained(name))"
-            )
-        super().__init__(module, **options)
-        self.__dict__["tokenizer"] = tokenizer
-
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
-        """``Model.trace``; of a text, its tokens are the input."""
-        args, kwargs = self._tokens(args, kwargs)
-        return super().trace(*args, **kwargs)
-
-    def scan(self, *args: Any, **kwargs: Any) -> Any:
-        """``Model.scan``; of a text, its tokens are the input."""
-        args, kwargs = self._tokens(args, kwargs)
-        return super().scan(*args, **kwargs)
-
-    def _tokens(self, args: Any, kwargs: Any) -> Any:
-        """The arguments with tokens for a text."""
-        if not (args and isinstance(args[0], builtins.str)):
-            return args, kwargs
-        if self.tokenizer is None:
-            raise TraceError("a text needs a tokenizer: LanguageModel(module, tokenizer=...)")
-        tokens = self.tokenizer(args[0], return_tensors="pt").to(self.device)
-        return args[1:], {**tokens, **kwargs}
+class LanguageModel(NNsight, fxsight.LanguageModel):
+    """``fxsight.LanguageModel``, called as nnsight's is."""
 
 
 def session(remote: Any = False) -> Session:

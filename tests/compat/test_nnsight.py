@@ -640,11 +640,13 @@ def test_a_language_model() -> None:
     assert gpt2.tokenizer.decode(token_ids[0][-1]) == " Paris"
 
 
-def test_a_language_model_is_loaded_by_its_user() -> None:
-    with pytest.raises(TypeError, match=r"takes a loaded module, not 'openai-community/gpt2': load it, LanguageModel"):
-        LanguageModel("openai-community/gpt2")  # type: ignore[arg-type]
+def test_a_language_model_is_loaded_by_name() -> None:
+    model = LanguageModel(str(DEMO), cache=False)
+    with model.trace("The Eiffel Tower is in the city of"):
+        token_ids = model.lm_head.output.argmax(dim=-1).save()
+    assert model.tokenizer.decode(token_ids[0][-1]) == " Paris" and model.lm_head.path == "model.lm_head"
     model = LanguageModel(net, cache=False)
-    with pytest.raises(fxsight.TraceError, match=r"a text needs a tokenizer: LanguageModel\(module, tokenizer="):
+    with pytest.raises(fxsight.InputError, match=r"a text needs a tokenizer, and this model has none: LanguageModel\("):
         model.trace("text")
     with pytest.raises(TypeError, match="device_map"):
         LanguageModel(net, device_map="auto")

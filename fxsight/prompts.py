@@ -1,0 +1,124 @@
+"""Prompts → the call of a language model: texts, token ids or a tokenizer's result, as tensors of one length.
+
+A single prompt gives what ``model(**tokenizer(prompt, return_tensors="pt"))`` gives. Prompts of different lengths are
+padded here, not by the tokenizer, so that a tokenizer needs no padding token and keeps its settings.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxsight.errors import InputError
+from fxsight.inputs import Inputs
+from fxsight.padding import Padding
+from fxsight.rows import Call
+
+
+class Prompts(Inputs):
+    """What the blocks of a language model ask of inputs.
+
+    module: the model as it is now; its forward says which arguments are its own, all others are the tokenizer's.
+    tokenizer: None where the model has none; then token ids are the only inputs.
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any) -> None:
+        self.module, self.tokenizer = module, tokenizer
+
+    @cached_property
+    def accepted(self) -> frozenset[str]:
+        """The names of the arguments of the module's forward."""
+        return frozenset(inspect.signature(type(self.module).forward).parameters)
+
+    @cached_property
+    def _tokenizer_words(self) -> frozenset[str]:
+        call = type(self.tokenizer).__call__ if self.tokenizer is not None else None
+        return frozenset() if call is None else frozenset(inspect.signature(call).parameters) - self.accepted
+
+    @property
+    def padding(self) -> Padding:
+        """How this model is padded."""
+        return Padding.of(self.module, self.tokenizer, self.accepted)
+
+    def are_given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether there is an input in the arguments of a block; without, the invokes in it bring theirs."""
+        return bool(args) or any(isinstance(x, torch.Tensor) for x in kwargs.values())
+
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """The call of the module: keyword arguments with the tokens in them.
+
+        Raises: InputError for a text without a tokenizer, for no tokens, and for what is neither text nor tokens.
+        """
+        words = {name: value for name, value in kwargs.items() if name in self._tokenizer_words}
+        own = {name: value for name, value in kwargs.items() if name not in words}
+        if isinstance(own.get("labels"), (str, list)):
+            own["labels"] = self._tokens(own["labels"], words)["input_ids"]
+        if len(args) != 1 or (isinstance(args[0], torch.Tensor) and not _is_ids(args[0])):
+            return args, self._on_device(own)
+        return (), self._on_device({**self._tokens(args[0], words), **own})
+
+    def join(self, calls: Sequence[Call]) -> Call:
+        """One call with the rows of several; those of different lengths are padded.
+
+        Raises: TraceError where they cannot be one batch.
+        """
+        return super().join(self.padding.to_one_length(calls))
+
+    # -- one prompt --------------------------------------------------------------------------------------------------
+
+    def _tokens(self, given: Any, words: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the module that are made of a prompt."""
+        if isinstance(given, Mapping) or hasattr(given, "input_ids"):
+            return {name: torch.as_tensor(value) for name, value in given.items()}
+        if isinstance(given, torch.Tensor):
+            return {"input_ids": _checked(given if given.ndim > 1 else given[None], given)}
+        if _is_texts(given):
+            return self._encoded([given] if isinstance(given, str) else list(given), words)
+        if isinstance(given, (list, tuple)) and given and all(isinstance(x, int) for x in given):
+            return {"input_ids": torch.tensor([given])}
+        if (
+            isinstance(given, (list, tuple))
+            and given
+            and all(isinstance(x, (list, tuple, torch.Tensor)) for x in given)
+        ):
+            return self.padding.of_rows({"input_ids": [torch.as_tensor(x).tolist() for x in given]})
+        raise InputError(f"a prompt is a text, a list of texts, token ids or a tokenizer's result; this is {given!r}")
+
+    def _encoded(self, texts: list[str], words: Mapping[str, Any]) -> dict[str, Any]:
+        if self.tokenizer is None:
+            raise InputError(
+                "a text needs a tokenizer, and this model has none: LanguageModel(module, tokenizer=...), or give "
+                "token ids"
+            )
+        rows = self.tokenizer(texts, **{k: v for k, v in words.items() if k != "return_tensors"})
+        empty = next((text for text, ids in zip(texts, rows["input_ids"], strict=True) if not len(ids)), None)
+        if empty is not None:
+            raise InputError(f"the prompt {empty!r} has zero tokens: a model needs at least one")
+        return self.padding.of_rows({name: value for name, value in rows.items() if name in self.accepted})
+
+    def _on_device(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        if device.type == "meta":
+            return dict(kwargs)
+        return {k: v.to(device) if type(v) is torch.Tensor and v.device != device else v for k, v in kwargs.items()}
+
+
+def _is_texts(given: Any) -> bool:
+    return isinstance(given, str) or (
+        isinstance(given, (list, tuple)) and bool(given) and all(isinstance(x, str) for x in given)
+    )
+
+
+def _is_ids(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and tensor.ndim in (1, 2)
+
+
+def _checked(ids: torch.Tensor, given: Any) -> torch.Tensor:
+    if ids.shape[-1] == 0:
+        raise InputError(f"the prompt {given!r} has zero tokens: a model needs at least one")
+    return ids
