@@ -32,10 +32,13 @@ def _storages(spec: Any) -> Iterator[str]:
             yield from _storages(part)
 
 
+_NO_NUMBERS = (torch.ops.aten.detach_.default,)  # in place, and no number changes
+
+
 def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments whose memory the operator changes, by its schema."""
     target = node.target
-    if not isinstance(target, _torch.OpOverload) or not _torch.schema(target).is_mutable:
+    if not isinstance(target, _torch.OpOverload) or target in _NO_NUMBERS or not _torch.schema(target).is_mutable:
         return ()
     found: list[fx.Node] = []
     for number, argument in enumerate(_torch.schema(target).arguments):

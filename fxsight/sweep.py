@@ -20,6 +20,7 @@ from fxsight import _torch
 from fxsight.become import become
 from fxsight.bits import Known, narrow_exactly
 from fxsight.captures import Captures
+from fxsight.collector import waiting
 from fxsight.containers import thaw
 from fxsight.context import here
 from fxsight.errors import TraceError
@@ -222,9 +223,10 @@ def plan_sweep(captures: Captures, body: Body, call: Call, axes: Mapping[str, An
         raise TraceError("a sweep inside a session: it runs at once; write it before or after")
     both = {name: _axis(name, given) for name, given in axes.items()}
     labels = {name: pair[0] for name, pair in both.items()}
-    cells = _record(captures, body, call, labels, {name: pair[1] for name, pair in both.items()})
-    groups, alone = _alike(captures, cells)
-    parts = cut(groups, captures.module)
+    with waiting():
+        cells = _record(captures, body, call, labels, {name: pair[1] for name, pair in both.items()})
+        groups, alone = _alike(captures, cells)
+        parts = cut(groups, captures.module)
     return Plan(labels, cells, parts, alone, _same_returns(cells), mode, captures, cells[0].sizes, cells[0].leaves)
 
 

@@ -531,3 +531,16 @@ def test_logits_are_computed_where_they_are_read() -> None:
         for position in range(LENGTH):
             with edited(gpt2().transformer.h[layer], "output", zero((slice(None), position))):
                 bitwise(grid.values[layer, position], gpt2()(x).logits[:, -1, 3])
+
+
+def test_what_comes_before_the_edits_runs_once_for_all_layers() -> None:
+    """Also in models whose attention makes an empty cache, takes it off the tape in place and appends to it."""
+    model, x = gpt2_model(), tokens(2)
+
+    def scale(layer: int, factor: float) -> Any:
+        model.transformer.h[layer].output[:] *= factor
+        return model.lm_head.output
+
+    plan = model.plan(scale, x, layer=range(LAYERS), factor=[0.5, 2.0])
+    shared = [node.name for group in plan.groups for part in group.shared for node in part.program.graph.nodes]
+    assert sum(name.startswith("scaled_dot_product_attention") for name in shared) == LAYERS
