@@ -16,8 +16,10 @@ from fxsight.containers import list as list
 from fxsight.containers import set as set
 from fxsight.containers import str as str
 from fxsight.containers import tuple as tuple
+from fxsight.edit import Edit as Edit
 from fxsight.errors import CaptureError as CaptureError
 from fxsight.errors import CausalityError as CausalityError
+from fxsight.errors import EditError as EditError
 from fxsight.errors import FxsightError as FxsightError
 from fxsight.errors import FxsightWarning as FxsightWarning
 from fxsight.errors import InputError as InputError

@@ -75,6 +75,8 @@ class Body:
         self.weight_names: dict[str, str] = {}
         self.updates: dict[int, fx.Node] = {}
         self.looked: set[str] = set()
+        self.fitted: set[str] = set()  # sizes that a tensor of the user's has, too
+        self.shapes: dict[fx.Node, set[int]] = {}  # dimensions that the body has looked at
         self.mutated: list[Cell] = []
         self.seen: set[fx.Node] = set()  # values of which more than the operations after them has made use
         self._owner, self._weights, self._demand, self._edited = owner, weights, demand, edited
@@ -132,9 +134,9 @@ class Body:
             "storage_offset",
             "nelement",
         ):
-            self._look(args)
+            self._look(args, _dimensions(name, args, kwargs))
             return func(*map_leaves(_fake, args), **kwargs)
-        return self._operation(func, args, kwargs)
+        return self.operation(func, args, kwargs)
 
     def numbers(self, arguments: Any) -> Any:
         """The arguments with real tensors for values: computed now."""
@@ -150,9 +152,9 @@ class Body:
     def _attribute(self, func: Any, args: Any) -> Any:
         name = _attribute_name(func)
         if name in _ATTRIBUTES:
-            return self._operation(getattr, (args[0], name), {})
+            return self.operation(getattr, (args[0], name), {})
         if name == "data":
-            return self._operation(torch.Tensor.detach, args, {})
+            return self.operation(torch.Tensor.detach, args, {})
         if name == "grad":
             raise TraceError(".grad of a traced value: gradients inside a trace are not supported yet")
         if name == "shape":
@@ -163,13 +165,22 @@ class Body:
             return torch.Size(spec.shape)
         return spec.dtype if name == "dtype" else getattr(args[0].cell.fake, name)
 
-    def _look(self, args: Any) -> None:
-        """A body that looks at a free size holds for that size alone."""
+    def _look(self, args: Any, dims: tuple[int, ...] | None = None) -> None:
+        """A body that looks at a free size holds for that size alone.  dims: looked at; None for all."""
         for value in filter(self._is_own, values_in(args)):
+            shape = value.cell.spec.numbers
+            asked = (
+                range(len(shape)) if dims is None else [d % len(shape) for d in dims if -len(shape) <= d < len(shape)]
+            )
             self.seen.add(value.cell.node)
-            self.looked |= set(self.sizes) if any(n in self.sizes.values() for n in value.cell.spec.shape) else set()
+            self.shapes.setdefault(value.cell.node, set()).update(asked)
+            self.looked |= set(self.sizes) if any(shape[d] in self.sizes.values() for d in asked) else set()
 
-    def _operation(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that computes something, written down.
+
+        Raises: as ``call``.
+        """
         leaves, tree = flatten((args, kwargs))
         specs = [self._spec_of(leaf) for leaf in leaves]
         rule = rule_for(self._rules, func, specs, tree, lambda: [self._fake_of(leaf) for leaf in leaves], self.mode)
@@ -365,7 +376,7 @@ class Body:
             else:
                 self.constants.append(tensor)
                 # A tensor with as many rows as the batch has now: it would not fit another batch.
-                self.looked |= {name for name, size in self.sizes.items() if size > 1 and size in tensor.shape}
+                self.fitted |= {name for name, size in self.sizes.items() if size > 1 and size in tensor.shape}
                 self._versions.append(None if isinstance(tensor, Value) else _torch.version(tensor))
             known = self._given[id(tensor)] = (node, tensor)
         return known[0]
@@ -382,6 +393,16 @@ class Body:
         check_unchanged(self.constants, self._versions)
         nodes = [self._given[id(tensor)][0] for tensor in self.constants]
         return tuple((node.name, node.meta["spec"]) for node in nodes)
+
+
+def _dimensions(name: str, args: Any, kwargs: Any) -> tuple[int, ...] | None:
+    """Which dimensions a question about a shape is about; None for all."""
+    if name in ("dim", "element_size"):
+        return ()
+    given = args[1] if len(args) > 1 else kwargs.get("dim")
+    if name == "size" and type(given) is int:
+        return (given,)
+    return (0,) if name == "__len__" else None
 
 
 def _fake(leaf: Any) -> Any:

@@ -76,6 +76,7 @@ class Captures:
         self.reader = SourceReader()
         self.lock = threading.RLock()  # while it is captured, a module has no weights of its own
         self.latest: Program | None = None  # the program asked for last: what browsing outside a trace shows
+        self.latest_sizes: dict[str, int] = {}  # of the inputs it was asked for with
         self.artifacts = artifacts or Artifacts()  # compiled regions, for all programs of the module
         self.attached_calls = AttachedCalls()
         self.shared = Now()
@@ -124,7 +125,7 @@ class Captures:
                 sizes = bind_sizes(program, leaves)
             except InputError:
                 continue
-            self.latest = program
+            self.latest, self.latest_sizes = program, sizes
             return program, sizes
         loaded = self._load(key, leaves)
         found = [loaded] if loaded is not None else self._capture(key, args, kwargs)
@@ -132,7 +133,8 @@ class Captures:
             known = self._programs.setdefault(self._key(tree, leaves), [])
         known += found
         self.latest = known[-1]
-        return self.latest, bind_sizes(self.latest, leaves)
+        self.latest_sizes = bind_sizes(self.latest, leaves)
+        return self.latest, self.latest_sizes
 
     def _key(self, tree: Tree, leaves: Sequence[Any]) -> Any:
         """All that can change what the call does, but sizes."""
@@ -189,7 +191,7 @@ class Captures:
         found = self._found.get(key)
         if found is None:
             found = self._found[key] = Found(*self.find(args, kwargs), watch)
-        self.latest = found.program
+        self.latest, self.latest_sizes = found.program, found.sizes
         return found
 
     def watched(self) -> Watch:

@@ -11,6 +11,7 @@
     ├── NotSavedError           a value used after its block without having been saved (ValueError)
     ├── NeedsValueError         a body asks for a number where there is no input to compute it from
     ├── InputError              inputs that a program cannot take
+    ├── EditError               an edit that cannot be made in a forward, or kept (ValueError)
     ├── RenameError             an alias for modules that cannot be given (ValueError)
     ├── TraceError              a trace used where it cannot be used
     ├── ProgramError            a program that breaks one of the rules of ``verify``
@@ -75,6 +76,10 @@ class NeedsValueError(FxsightError):
 
 class InputError(FxsightError, ValueError):
     """Inputs whose structure, sizes or dtypes the program cannot take."""
+
+
+class EditError(FxsightError, ValueError):
+    """An edit that this forward cannot take: the message names the places it does not have; or one that is none."""
 
 
 class RenameError(FxsightError, ValueError):

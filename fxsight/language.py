@@ -60,6 +60,7 @@ class LanguageModel(Model):
         self.__dict__["_inputs"] = Prompts(self._module, tokenizer)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        super().__reduce__()
         return _again, (type(self), self._module, self.tokenizer, self._options)
 
 

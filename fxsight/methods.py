@@ -35,11 +35,15 @@ class Method:
         """The method's result; of a declared method a block, but inside a block the result, too."""
         if self._declared and self._model._captures.open is None:
             return self.trace(*args, **kwargs)
-        return self.__wrapped__(*args, **kwargs)
+        return self._plainly(args, kwargs)
+
+    def _plainly(self, args: Any, kwargs: Any) -> Any:
+        """The method's result, with the edits of the model."""
+        return self._called(*args, **kwargs) if self._model.edits else self.__wrapped__(*args, **kwargs)
 
     def trace(self, *args: Any, trace: Any = True, **kwargs: Any) -> Any:
         """A block as ``Model.trace``, over one call of the method.  trace: False for the plain result."""
-        return self._called.trace(*args, **kwargs) if trace else self.__wrapped__(*args, **kwargs)
+        return self._called.trace(*args, **kwargs) if trace else self._plainly(args, kwargs)
 
     def scan(self, *args: Any, **kwargs: Any) -> Any:
         """A block as ``Model.scan``, over one call of the method."""

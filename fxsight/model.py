@@ -13,10 +13,12 @@ from fxsight.artifacts import Artifacts
 from fxsight.captures import Captures
 from fxsight.containers import Saved
 from fxsight.context import here
+from fxsight.edits import Edits
 from fxsight.errors import RenameError, TraceError, nearest
 from fxsight.grid import Grid
 from fxsight.inputs import PLAIN, Inputs
 from fxsight.methods import Method
+from fxsight.parameters import EditParameters
 from fxsight.plan import Plan
 from fxsight.rename import Aliases, Rename
 from fxsight.running import BACKENDS
@@ -66,6 +68,7 @@ class Model(View):
         artifacts = Artifacts.on_disk() if cache else Artifacts()
         own["_captures"] = Captures(module, Store() if cache else None, artifacts)
         own["_inputs"], own["_paths"], own["_methods"], own["_aliases"] = PLAIN, {}, {}, Aliases()
+        own["_edits"] = Edits()
         _check_views(views.values() if isinstance(views, Mapping) else (views,))
         for name in self._options["methods"]:
             self.method(name)
@@ -99,7 +102,15 @@ class Model(View):
         if not trace:
             return self._plainly(*inputs.prepare(args, kwargs))
         given = (args, kwargs) if inputs.are_given(args, kwargs) else None
-        return Tracer(self._captures, given, backend, inputs)
+        return Tracer(self._captures, given, backend, inputs, self._edits)
+
+    def __call__(self, *args: Any, hook: Any = None, **kwargs: Any) -> Any:
+        """The module's output, with the edits of this model.
+
+        Raises: EditError where this forward does not have the places of an edit; TraceError for an edited model inside
+        a block on it; CaptureError.
+        """
+        return self._plainly(args, kwargs) if self._edits else super().__call__(*args, hook=hook, **kwargs)
 
     def capture(self, *args: Any, **kwargs: Any) -> Model:
         """Capture ``module(*args, **kwargs)``, so that its operations can be browsed; works without weights.
@@ -114,12 +125,12 @@ class Model(View):
 
     def scan(self, *args: Any, **kwargs: Any) -> Scan:
         """A block in which shapes and dtypes are known and nothing is run; works without weights."""
-        return Scan(self._captures, (args, kwargs), "eager", self._inputs)
+        return Scan(self._captures, (args, kwargs), "eager", self._inputs, self._edits)
 
     def plan(self, body: Any, *args: Any, mode: str = "exact", **kwargs: Any) -> Plan:
         """How ``sweep`` would compute it: ``print(plan)`` shows what is shared and what it costs; ``plan.run()``."""
         axes, own = split_arguments(body, kwargs)
-        return plan_sweep(self._captures, body, self._inputs.prepare(args, own), axes, mode)
+        return plan_sweep(self._captures, body, self._inputs.prepare(args, own), axes, mode, self._edits)
 
     def sweep(self, body: Any, *args: Any, mode: str = "exact", progress: bool = True, **kwargs: Any) -> Grid:
         """One body for every cell of a grid: ``body(layer=..., position=...)`` reads and writes values of this model.
@@ -137,6 +148,37 @@ class Model(View):
         Raises: what the body raises, with a note that names the cell; TraceError where cells return different things.
         """
         return self.plan(body, *args, mode=mode, **kwargs).run(progress)
+
+    # -- edits that stay ---------------------------------------------------------------------------------------------
+
+    @property
+    def edits(self) -> Edits:
+        """The edits of this model, in the order in which they are made: print them, index them."""
+        edits: Edits = self._edits
+        return edits
+
+    @property
+    def edit_parameters(self) -> EditParameters:
+        """The tensors of the edits, by name: look at them, replace, move or train them."""
+        return self.edits.parameters
+
+    def clear_edits(self) -> None:
+        """Remove all edits of this model; edited copies that were made of it keep theirs."""
+        self.edits.clear()
+
+    def _edited(self) -> Model:
+        """The same model with the same edits, to which others can be added."""
+        edited = object.__new__(type(self))
+        edited.__dict__.update(self.__dict__, _root=edited, _views={}, _methods={}, _edits=Edits(self._edits))
+        for name in self._options["methods"]:
+            edited.method(name)
+        return edited
+
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Inputs on which an edit is written when none are given; None for those of the last forward."""
+        return None
+
+    # -- several traces ----------------------------------------------------------------------------------------------
 
     def session(self) -> Session:
         """A block for several traces: values of one are used in the next without saving; they run when it ends."""
@@ -163,8 +205,12 @@ class Model(View):
         return called
 
     def _plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The module's own output."""
-        return self._module(*args, **kwargs)
+        """The module's own output, with the edits of this model."""
+        if not self._edits:
+            return self._module(*args, **kwargs)
+        if self._captures.open is not None:
+            raise TraceError("an edited model cannot be called inside a block on it; call it before or after")
+        return self._edits.call(self._captures, (args, kwargs))
 
     # -- what its views ask ------------------------------------------------------------------------------------------
 
@@ -226,6 +272,8 @@ class Model(View):
         self._captures.attach(parent, name, before)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._edits:
+            raise TraceError("a model with edits cannot be copied or pickled yet; copy it without, and edit the copy")
         return _wrapped, (type(self), self._module, self._options)
 
 

@@ -121,6 +121,7 @@ class Recorder:
         self._stop: Stop | None = None
         self._versions = itertools.count(1)
         self._branch: list[Cell] | None = None  # what a branch not taken has made
+        self.why_no_save = ""  # why nothing can be saved here
 
     @property
     def is_open(self) -> bool:
@@ -318,14 +319,26 @@ class Recorder:
                 continue
             if self.rows is not None and self.row_dim(state.location) is None:
                 raise self._shared(state.location)
-            state.node = root.node
-            state.version = next(self._versions)
+            self._changed(state, root.node)
             root.handles[number] = (state, state.version)
-            if state.assigned is not None:
-                state.assigned, state.line = root.node, self.line()
-            else:
-                state.in_place, state.in_place_line = root.node, self.line()
             self.on_edit(state.location, root.node)
+
+    def _changed(self, state: State, node: fx.Node) -> None:
+        """What a location has is another value from here on, in the same memory."""
+        state.node, state.version = node, next(self._versions)
+        if state.assigned is not None:
+            state.assigned, state.line = node, self.line()
+        else:
+            state.in_place, state.in_place_line = node, self.line()
+
+    def change(self, location: Location, value: Value) -> None:
+        """The location gets the value in place, for all who share its memory; of the shape and dtype it has.
+
+        Raises: CausalityError.
+        """
+        state, node = self._state(location), self.body.node_of(value)
+        self._changed(state, node)
+        self.on_edit(location, node)
 
     # -- a branch not taken ------------------------------------------------------------------------------------------
 
@@ -363,7 +376,12 @@ class Recorder:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def keep(self, value: Any) -> None:
-        """Mark a structured value as saved."""
+        """Mark a structured value as saved.
+
+        Raises: TraceError where nothing is computed.
+        """
+        if self.why_no_save:
+            raise TraceError(f"{self.line()}: {self.why_no_save}")
         self.saved.append(value)
 
     def stop(self, cell: Cell) -> None:
@@ -416,7 +434,7 @@ class Recorder:
         """What has been asked for so far."""
         body = self.body
         reads = tuple(Read(state.read, state.location) for state in self._states.values())
-        looked = tuple((s, self.sizes[s]) for s in sorted(body.looked) if s in self.sizes)
+        looked = tuple((s, self.sizes[s]) for s in sorted(body.looked | body.fitted) if s in self.sizes)
         weights = tuple(body.weight_names.items())
         updates = tuple((number, node.name) for number, node in body.updates.items())
         return Intervention(body.graph, reads, body.constant_specs(), weights, self.writes(), saves, updates, looked)

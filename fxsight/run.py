@@ -90,13 +90,13 @@ class Executable:
             )
         sizes = bind_sizes(self.program, leaves)
         self._check_fixed(leaves, sizes)
-        values = list(self.run(leaves, self.constants))
-        free = iter(values)
-        return tuple(
-            self.program.outputs.build(
-                [x.value if isinstance(x, Fixed) else next(free) for x in self.program.output_leaves]
-            )
-        )
+        return self.build(self.run(leaves, self.constants))
+
+    def build(self, results: Sequence[Any]) -> tuple[Any, ...]:
+        """The saves, in order, of which these are the tensors."""
+        free = iter(results)
+        leaves = [x.value if isinstance(x, Fixed) else next(free) for x in self.program.output_leaves]
+        return tuple(self.program.outputs.build(leaves))
 
     def _takes(self) -> str:
         given = (repr(x.value) if isinstance(x, Fixed) else str(x) for x in self.program.input_leaves)

@@ -15,6 +15,7 @@ from fxsight.address import Address
 from fxsight.become import become
 from fxsight.captures import Captures
 from fxsight.context import here
+from fxsight.edit import Edit
 from fxsight.errors import TraceError
 from fxsight.inputs import PLAIN, Inputs
 from fxsight.intervention import Save
@@ -39,7 +40,7 @@ class Running:
     """One body over one call of a model, from its program to its numbers.
 
     call: positional and keyword arguments, as given; None where each ``invoke`` brings its own.
-    inputs: what makes the call of the module of them.
+    inputs: what makes the call of the module of them.  edits: of the model, said before the body.
     """
 
     _captured: Program  # what is recorded on, with what has been opened
@@ -48,8 +49,15 @@ class Running:
     _constants: Sequence[torch.Tensor]
     _results: list[Value]
 
-    def __init__(self, captures: Captures, call: Call | None, backend: Backend, inputs: Inputs = PLAIN) -> None:
-        self.captures, self._inputs = captures, inputs
+    def __init__(
+        self,
+        captures: Captures,
+        call: Call | None,
+        backend: Backend,
+        inputs: Inputs = PLAIN,
+        edits: Sequence[Edit] = (),
+    ) -> None:
+        self.captures, self._inputs, self.edits = captures, inputs, edits
         self.invoker: Invoker | None = None  # the last
         self.asked_call = call  # in a loop of a session it may hold items, which are known when the loop runs
         check_inputs(call)

@@ -23,6 +23,7 @@ from fxsight.captures import Captures
 from fxsight.collector import waiting
 from fxsight.containers import thaw
 from fxsight.context import here
+from fxsight.edit import Edit
 from fxsight.errors import TraceError
 from fxsight.grid import Labels, cell_name, cells_of
 from fxsight.intervention import Intervention
@@ -53,8 +54,8 @@ class SweepCell(Tracer):
     name: its labels, for messages.  asked: what the body asked for, once it is written down.
     """
 
-    def __init__(self, captures: Captures, call: Any, name: str) -> None:
-        super().__init__(captures, call, "eager")
+    def __init__(self, captures: Captures, call: Any, name: str, edits: Sequence[Edit] = ()) -> None:
+        super().__init__(captures, call, "eager", edits=edits)
         self.name = name
         self._returned: list[Any] = []
 
@@ -212,8 +213,12 @@ def _axis(name: str, given: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 # -- the sweep -------------------------------------------------------------------------------------------------------
 
 
-def plan_sweep(captures: Captures, body: Body, call: Call, axes: Mapping[str, Any], mode: str) -> Plan:
+def plan_sweep(
+    captures: Captures, body: Body, call: Call, axes: Mapping[str, Any], mode: str, edits: Sequence[Edit] = ()
+) -> Plan:
     """Record every cell, and find what they share; nothing runs but the numbers that a body asks for.
+
+    edits: of the model, the same in all cells.
 
     Raises: what the body raises, with the name of its cell; TraceError.
     """
@@ -223,21 +228,27 @@ def plan_sweep(captures: Captures, body: Body, call: Call, axes: Mapping[str, An
         raise TraceError("a sweep inside a session: it runs at once; write it before or after")
     both = {name: _axis(name, given) for name, given in axes.items()}
     labels = {name: pair[0] for name, pair in both.items()}
+    values = {name: pair[1] for name, pair in both.items()}
     with waiting():
-        cells = _record(captures, body, call, labels, {name: pair[1] for name, pair in both.items()})
+        cells = _record(captures, body, call, labels, values, edits)
         groups, alone = _alike(captures, cells)
         parts = cut(groups, captures.module)
     return Plan(labels, cells, parts, alone, _same_returns(cells), mode, captures, cells[0].sizes, cells[0].leaves)
 
 
 def _record(
-    captures: Captures, body: Body, call: Any, labels: Labels, values: Mapping[str, tuple[Any, ...]]
+    captures: Captures,
+    body: Body,
+    call: Any,
+    labels: Labels,
+    values: Mapping[str, tuple[Any, ...]],
+    edits: Sequence[Edit],
 ) -> list[SweepCell]:
     cells: list[SweepCell] = []
     places, before = cells_of(labels), _weights(captures)
     with Progress("sweeping") as tick:
         for at in places:
-            cell = SweepCell(captures, call, cell_name(labels, at))
+            cell = SweepCell(captures, call, cell_name(labels, at), edits)
             cell.record(body, {name: axis[i] for (name, axis), i in zip(values.items(), at, strict=True)})
             cells.append(cell)
             tick(f"sweeping: {len(cells)} of {len(places)} cells written down")

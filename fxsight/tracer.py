@@ -24,6 +24,7 @@ from fxsight.branch import Branch, Stopped
 from fxsight.cache import Cache
 from fxsight.causality import check_causal, check_edit
 from fxsight.context import enter_trace, here, leave_trace
+from fxsight.edit import Edit, replay
 from fxsight.errors import NeedsValueError, NotExecuted, TraceError, UnknownAddress
 from fxsight.first_row import warn_of_row
 from fxsight.invoke import Invoker
@@ -114,6 +115,18 @@ class Tracer(Running):
         self._walk = Walk(self, found.root(user_line(), self._tier()), found.watch.names)
         if here().session is not None or self._batch.grows:
             self._walk.leave()
+        for edit in self.edits:
+            self.replay(edit)
+
+    def replay(self, edit: Edit) -> None:
+        """Say the statements of an edit here, as if they stood in the body.
+
+        Raises: EditError where this forward does not have its places; what its statements raise.
+        """
+        if self._walk is not None and self._walk.live:
+            self._walk.edit(edit)
+        else:
+            self.do_edit(edit)
 
     # -- what the walk asks ------------------------------------------------------------------------------------------
 
@@ -151,6 +164,15 @@ class Tracer(Running):
                 )
         for location, leaf in check_write(recorder, place, port, value):
             self._write_leaf(location, leaf)
+
+    def do_edit(self, edit: Edit) -> None:
+        """All statements of an edit, written down."""
+        replay(edit, self._written, self._find)
+        self._skipped += [(address, None, line) for address, line in edit.skipped]
+
+    def _find(self, address: Address) -> tuple[Place, Sequence[Location | None]]:
+        place = self.place(address.place)
+        return place, self._places.locations(place, address.port)[1]
 
     def _write_leaf(self, location: Location, leaf: Any) -> None:
         check_causal(self._written, location, leaf)
@@ -392,7 +414,7 @@ class Tracer(Running):
     def _why_skipped(self, address: Address) -> str:
         """Why a call does not run for the present rows; empty when it does."""
         for skipped, rows, line in self._skipped:
-            if _inside(address, skipped) and overlap(rows, self.recorder.rows):
+            if _inside(address, skipped) and overlap(rows, self._written.rows):
                 return f"does not run: {skipped} around it is skipped ({line})"
         return ""
 

@@ -8,7 +8,7 @@ children are reached so.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from fxsight.address import Address
 from fxsight.context import open_trace
+from fxsight.editing import Editing, EditTrace
 from fxsight.errors import NotExecuted, TraceError, WriteError, nearest
 from fxsight.ops import Operations
 from fxsight.outline import outline
@@ -72,6 +73,33 @@ class View:
     @inputs.setter
     def inputs(self, value: Any) -> None:
         self._write("inputs", value)
+
+    def edit(
+        self,
+        *args: Any,
+        inplace: bool = False,
+        parameters: Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Editing:
+        """A block that is made again in every forward of the edited model, which ``as`` gives: nothing runs now.
+
+            with model.edit() as edited:
+                model.layer1.output[:, 0] = 0
+            edited(x)
+
+        Asked of a part, it is an edit of the whole model, and ``as`` gives that part of it.
+        args, kwargs: an example of the model's inputs, of which shapes and dtypes count; without, those of the last
+        forward.  inplace: edit this model, not a copy of it (the module is never touched).
+        parameters: names for tensors that the body uses, as ``edit_parameters`` gives them.
+
+        Raises: EditError for a body that changes nothing; TraceError without example and forward; NeedsValueError
+        where the body needs a number; as a trace does for the rest.
+        """
+        root = self._root
+        call = (args, kwargs) if root._inputs.are_given(args, kwargs) else root._example()
+        edited = root if inplace else root._edited()
+        part = edited if self is root else _again(edited, self._path, self._call)
+        return Editing(EditTrace(root._captures, call, root._inputs, parameters or {}), edited, part)
 
     def skip(self, value: Any) -> None:
         """Let the module return ``value`` without running: what only it needs is not computed.

@@ -20,6 +20,7 @@ import torch
 
 from fxsight import _torch
 from fxsight.body import GRADIENTS, check_unchanged
+from fxsight.edit import Edit
 from fxsight.lines import user_line
 from fxsight.record import Dressed, undress
 from fxsight.run import Executable
@@ -99,6 +100,10 @@ class Slow(Protocol):
         """A write, written down."""
         ...
 
+    def do_edit(self, edit: Any) -> None:
+        """All statements of an edit, written down."""
+        ...
+
 
 class Unknown(Exception):
     """A statement that cannot be remembered; never seen outside."""
@@ -164,6 +169,11 @@ class Walk:
             self.leave_for("write", (address, port, value))
             return
         self._statement(key, "write", (address, port, value))
+
+    def edit(self, edit: Edit) -> None:
+        """All statements of an edit: one step, for all edits that differ in the numbers of their tensors alone."""
+        key = ("edit", edit.asked, tuple(map(self._tensor_key, edit.tensors)))
+        self._statement(key, "edit", (edit,))
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One torch call."""
@@ -313,6 +323,8 @@ class Walk:
                 return self._trace.do_read(*given)
             if what == "write":
                 return self._trace.do_write(*given)
+            if what == "edit":
+                return self._trace.do_edit(*given)
             if what == "call":
                 return self._recorder.call(*given)
             return self._recorder.keep(*given)

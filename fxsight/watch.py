@@ -55,7 +55,12 @@ def _names(module: nn.Module) -> dict[int, str]:
 
 
 def kinds(leaves: list[Any]) -> tuple[Any, ...] | None:
-    """What a program depends on of inputs that are all tensors; None when one is something else."""
-    if any(type(leaf) is not torch.Tensor for leaf in leaves):
+    """What a program depends on of inputs that are tensors or plain; None when one is something else."""
+    if any(type(leaf) not in _KNOWN for leaf in leaves):
         return None
-    return tuple((leaf.dtype, leaf.shape, leaf.device) for leaf in leaves)
+    return tuple(
+        (leaf.dtype, leaf.shape, leaf.device) if type(leaf) is torch.Tensor else (type(leaf), leaf) for leaf in leaves
+    )
+
+
+_KNOWN = frozenset((torch.Tensor, bool, int, str, type(None)))

@@ -74,7 +74,7 @@ def _build(
         for location, leaf in zip(slots[key], given, strict=True):
             if location is None:
                 raise WriteError(f"{address.place}: member {key} is not a tensor and cannot be written")
-            write(location, _fit(recorder, location, leaf))
+            write(location, fit(recorder, location, leaf))
 
     members.writer = assign
     return members
@@ -98,7 +98,7 @@ def check_write(recorder: Recorder, place: Place, port: str, value: Any) -> Iter
     pairs: list[tuple[Location, Any]] = []
     for location, leaf, there in zip(found, leaves, structure.leaves, strict=True):
         if location is not None:
-            pairs.append((location, _fit(recorder, location, leaf)))
+            pairs.append((location, fit(recorder, location, leaf)))
         elif not (isinstance(there, Const) and there.value is leaf) and not _unchanged(there, leaf):
             raise WriteError(
                 f"{address}: this member is {_leaf_text(there)}, fixed when the model was captured, "
@@ -117,9 +117,12 @@ def _outline(tree: Tree) -> Any:
     return (kind, *(_outline(child) for child in tree.children))
 
 
-def _fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
+def fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
     """The leaf as it can stand at the location: numbers and broadcastable tensors are expanded, and the memory is
-    laid out row by row, so that a ``view`` of the model's finds what it needs."""
+    laid out row by row, so that a ``view`` of the model's finds what it needs.
+
+    Raises: WriteError for another shape, dtype or device.
+    """
     spec = recorder.spec(location)
     if isinstance(leaf, (bool, int, float)):
         return torch.full_like(recorder.read(location), leaf)

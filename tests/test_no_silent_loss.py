@@ -1,6 +1,6 @@
 """What other tools drop without a word is an effect, an error or a warning here.
 
-The numbers are those of the list of silent no-ops; 5 to 7 are about edits that stay and about generation.
+The numbers are those of the list of silent no-ops; 7 is about generation.
 """
 
 from __future__ import annotations
@@ -241,6 +241,36 @@ def test_8_in_an_invoke() -> None:
             model.transformer.h[0].output[0].save()
         with tracer.invoke(_ids(2), use_cache=False):
             model.transformer.h[0].output[0].save()
+
+
+# --------------------------------------------------------------- 5 and 6: edits of a part, and edited models called
+
+
+def _zeroed(model: fxsight.Model) -> Tensor:
+    out: Tensor = run(model._module, (_x(),), {}, [Edit("0", "output", "inplace", lambda h: h.zero_())])[0]
+    return out
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_5_an_edit_of_a_part_counts_when_the_whole_is_traced(inplace: bool) -> None:
+    model = fxsight.Model(_model()._module, cache=False)
+    with model[0].edit(_x(), inplace=inplace) as part:
+        model[0].output[:] = 0
+    with part.root.trace(_x()):
+        out = part.root.output.save()
+    assert (part.root is model) == inplace
+    assert torch.equal(out, _zeroed(model))
+    assert not torch.equal(out, model._module(_x()))
+
+
+def test_6_an_edited_model_called_plainly_is_edited() -> None:
+    model = fxsight.Model(_model()._module, cache=False)
+    with model.edit(_x(), inplace=True):
+        model[0].output[:] = 0
+    for out in (model(_x()), model.trace(_x(), trace=False)):
+        assert torch.equal(out, _zeroed(model))
+    model.clear_edits()
+    assert torch.equal(model(_x()), model._module(_x()))
 
 
 # ------------------------------------------------------------------------------ and two that were found on the way

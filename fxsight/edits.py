@@ -1,0 +1,133 @@
+"""The edits of one model, in order, and its plain call with them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fxsight.address import Address
+from fxsight.captures import Captures
+from fxsight.edit import Edit
+from fxsight.lower import Tier
+from fxsight.parameters import EditParameters
+from fxsight.run import Executable
+from fxsight.tracer import Tracer
+from fxsight.tree import flatten
+
+KEPT = 256  # finished programs of plain calls, one for each set of sizes
+
+
+class Edits(Sequence[Edit]):
+    """In the order in which they are made in a forward; printable. Made and filled by ``model.edit()``."""
+
+    def __init__(self, edits: Iterable[Edit] = ()) -> None:
+        self._edits = tuple(edits)
+        self._calls: OrderedDict[Any, PlainCall] = OrderedDict()
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._edits[number]
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self._edits)
+
+    def __repr__(self) -> str:
+        return "\n\n".join(map(str, self._edits)) or "no edits"
+
+    @property
+    def parameters(self) -> EditParameters:
+        """The tensors of all of them, by name."""
+        return EditParameters(self)
+
+    def add(self, edit: Edit) -> None:
+        """One more, made after the others; names that are taken get a number."""
+        taken = {name for each in self._edits for name in each.names}
+        names: list[str] = []
+        for name in edit.names:
+            free = (f"{name}_{i}" if i else name for i in range(len(taken) + len(names) + 1))
+            names.append(next(n for n in free if n not in taken and n not in names))
+        self._edits = (*self._edits, replace(edit, names=tuple(names)))
+
+    def put(self, number: int, edit: Edit) -> None:
+        """Another in the place of one."""
+        self._edits = (*self._edits[:number], edit, *self._edits[number + 1 :])
+
+    def clear(self) -> None:
+        """None from here on."""
+        self._edits = ()
+        self._calls.clear()
+
+    # -- the plain call ----------------------------------------------------------------------------------------------
+
+    def call(self, captures: Captures, call: tuple[tuple[Any, ...], Mapping[str, Any]], tier: Tier = "eager") -> Any:
+        """What the module returns with these edits, in the module's own structure.
+
+        Raises: EditError where this forward does not have the places; CaptureError.
+        """
+        found = captures.quick(*call)
+        key = (id(found.program), *found.sizes.items(), tier, *self._key(captures))
+        made = self._calls.get(key)
+        if made is None:
+            made = self._calls[key] = _plain_call(captures, call, tier, self)
+            if len(self._calls) > KEPT:
+                self._calls.popitem(last=False)
+        return made.run(flatten(call)[0], self._edits)
+
+    def _key(self, captures: Captures) -> Iterator[Any]:
+        """What a finished program depends on of the edits: all but the numbers of their tensors."""
+        names, seen = captures.weight_names(), dict[int, int]()
+        for edit in self._edits:
+            yield edit.asked
+            for t in edit.tensors:
+                same = seen.setdefault(id(t), len(seen))
+                yield names.get(id(t)) or (same, t.dtype, t.shape, t.stride(), t.device)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainCall:
+    """A finished program that returns the module's output.
+
+    places: per constant of the program, which tensor of which edit it is.
+    """
+
+    executable: Executable
+    places: tuple[tuple[int, int], ...]
+
+    def run(self, leaves: Sequence[Any], edits: Sequence[Edit]) -> Any:
+        """The module's output for inputs that fit."""
+        results = self.executable.run(leaves, [edits[i].tensors[j] for i, j in self.places])
+        return self.executable.build(results)[0]
+
+
+def _plain_call(captures: Captures, call: Any, tier: Tier, edits: Sequence[Edit]) -> PlainCall:
+    """Record the edits and nothing else, and finish the program."""
+    trace = _Plain(captures, call, "inductor" if tier == "inductor" else "eager", edits=edits)
+    executable = trace.finish()
+    table: dict[int, tuple[int, int]] = {}
+    for i, edit in enumerate(edits):
+        for j, tensor in enumerate(edit.tensors):
+            table.setdefault(id(tensor), (i, j))
+    return PlainCall(executable, tuple(table[id(tensor)] for tensor in trace.constants))
+
+
+class _Plain(Tracer):
+    """A trace whose body is: keep the output."""
+
+    constants: list[torch.Tensor]
+
+    def finish(self) -> Executable:
+        """The finished program; nothing is run."""
+        self._begin()
+        recorder = self.recorder
+        recorder.keep(self.do_read(Address(""), "output"))
+        recorder.finish()
+        self.constants = recorder.constants
+        asked = recorder.asked([])
+        recorder.phase = "done"
+        return self.captures.executable(self.captured, asked, self.constants, self._tier())
