@@ -11,6 +11,7 @@ from torch import fx
 from fxsight.editor import Editor
 from fxsight.effects import mutated_storages
 from fxsight.mutate import SELF, mutate
+from fxsight.node import origin_of
 from fxsight.rewrite import Pass
 from fxsight.spec import TensorSpec
 
@@ -53,7 +54,8 @@ class SkipOverwritten(Pass):
             place = _shape_only(node)
             source = None if place is None else node.args[place]
             if place is not None and isinstance(source, fx.Node):
-                stand_in = seen.get(_kind(source))
+                kind = _kind(source)
+                stand_in = None if kind is None else seen.get(kind)
                 if stand_in is not None and order[stand_in] < order[source]:
                     editor.replace_argument(node, place, stand_in)
             kind = _kind(node)
@@ -62,9 +64,12 @@ class SkipOverwritten(Pass):
 
 
 def _kind(node: fx.Node) -> Any:
-    """What a stand-in must have in common; None for what is no tensor."""
+    """What a stand-in must have in common; None for what is no tensor, and for what a body has made: its shapes are
+    the numbers it was recorded at, and say nothing of other sizes."""
     spec = node.meta.get("spec")
-    return (spec.dtype, spec.shape, spec.stride, spec.device) if isinstance(spec, TensorSpec) else None
+    if not isinstance(spec, TensorSpec) or (node.op == "call_function" and origin_of(node).user):
+        return None
+    return (spec.dtype, spec.shape, spec.stride, spec.device)
 
 
 def _shape_only(node: fx.Node) -> int | None:

@@ -305,6 +305,18 @@ def test_values_cross_the_invokes_both_ways() -> None:
     torch.testing.assert_close(out, expected[:3])  # a kernel may round equal rows of one batch differently
 
 
+def test_shapes_of_an_invoke_are_those_of_its_rows_when_others_follow() -> None:
+    model, one, two = _lm(), token_ids(1, 5), token_ids(2, 5)
+    with model.trace() as tracer:
+        with tracer.invoke(one):
+            pass
+        with tracer.invoke(one):
+            model.blocks[0].ln_1.output.index_fill_(2, torch.tensor([1, 2]), -0.75)
+        with tracer.invoke(two):
+            like = fxsight.save(torch.ones(16).expand_as(model.blocks[0].drop.input))
+    assert torch.equal(like, torch.ones(2, 5, 16))
+
+
 def test_g5_embeddings_of_one_prompt_in_another_without_a_barrier() -> None:
     ids, other = token_ids(1, 5), token_ids(1, 5) + 1
     with _lm().trace() as tracer:
