@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
+def waiting() -> Generator[None]:
     """While open, nothing is collected; afterwards as before.
 
     Graphs are many small objects that refer to one another, and none of them is garbage while they are made: looking

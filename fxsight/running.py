@@ -62,7 +62,7 @@ class Running:
         self.asked_call = call  # in a loop of a session it may hold items, which are known when the loop runs
         check_inputs(call)
         session = here().session
-        given = session.example(call) if session and call is not None else call
+        given: Call | None = session.example(call) if session and call is not None else call
         self._batch = Batch([] if given is None else [inputs.prepare(*given)], given is None, inputs)
         self._backend: Backend = backend
         self._known: dict[str, torch.Tensor] = {}
