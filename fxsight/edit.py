@@ -18,11 +18,12 @@ from torch import fx
 from fxsight.address import Address
 from fxsight.body import QUIET
 from fxsight.causality import check_causal
-from fxsight.errors import EditError, InputError, NotExecuted, UnknownAddress
+from fxsight.errors import EditError, FxsightError, InputError, NotExecuted, UnknownAddress
 from fxsight.intervention import Intervention
 from fxsight.node import origin_of
 from fxsight.place import Location, Place
 from fxsight.record import Recorder
+from fxsight.targets import target_name
 from fxsight.text import spec_text
 from fxsight.value import Value
 from fxsight.write import fit
@@ -75,7 +76,7 @@ def replay(edit: Edit, recorder: Recorder, find: Find) -> None:
     find: the place of an address and the locations at its port.
 
     Raises: EditError naming every address or weight that this forward does not have, or a size that differs from one
-    that the body looked at; WriteError, CausalityError; what torch raises on these shapes.
+    that the body looked at, or what torch says of these shapes; WriteError, CausalityError.
     """
     locations = _locate(edit, recorder, find)
     line = recorder.line
@@ -151,7 +152,13 @@ class _Replay:
         args, kwargs = given
         if node.target is operator.getitem:
             return args[0][args[1]]
-        return self.recorder.body.operation(node.target, args, kwargs)
+        try:
+            return self.recorder.body.operation(node.target, args, kwargs)
+        except FxsightError:
+            raise
+        except Exception as error:  # what torch says of these shapes
+            name = target_name(node.target)
+            raise EditError(f"{self.edit.title} cannot be made in this forward: {name}: {error}") from error
 
     def _assign(self, location: Location, value: Any) -> None:
         fitting = fit(self.recorder, location, value)

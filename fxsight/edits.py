@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.edit import Edit
+from fxsight.errors import EditError, nearest
 from fxsight.lower import Tier
 from fxsight.parameters import EditParameters
 from fxsight.run import Executable
@@ -58,6 +60,17 @@ class Edits(Sequence[Edit]):
         """Another in the place of one."""
         self._edits = (*self._edits[:number], edit, *self._edits[number + 1 :])
 
+    def load(self, edits: Iterable[Edit], module: nn.Module) -> None:
+        """Edits of a file, made after the others; their tensors are moved to the module.
+
+        Raises: EditError naming all modules and weights that the module does not have.
+        """
+        edits = list(edits)
+        check_places(edits, module)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        for edit in edits:
+            self.add(replace(edit, tensors=tuple(t.to(device) for t in edit.tensors)))
+
     def clear(self) -> None:
         """None from here on."""
         self._edits = ()
@@ -87,6 +100,28 @@ class Edits(Sequence[Edit]):
             for t in edit.tensors:
                 same = seen.setdefault(id(t), len(seen))
                 yield names.get(id(t)) or (same, t.dtype, t.shape, t.stride(), t.device)
+
+
+def check_places(edits: Iterable[Edit], module: nn.Module) -> None:
+    """Whether a model has the modules and weights that edits name; operations are known when it is traced.
+
+    Raises: EditError naming all that are missing.
+    """
+    modules = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    weights |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    missing: dict[str, None] = {}
+    for edit in edits:
+        asked = edit.asked
+        for address in [r.location.address for r in asked.reads] + [w.location.address for w in asked.writes]:
+            if address.module not in modules:
+                missing[f"{address}: {nearest(address.module, modules) or 'it has no such module'}"] = None
+        for _, name in edit.asked.weights:
+            if name not in weights:
+                missing[f"the weight {name}: {nearest(name, weights) or 'attach its module before'}"] = None
+    if missing:
+        listed = "".join(f"\n  {text}" for text in missing)
+        raise EditError(f"{type(module).__name__} does not have what these edits name:{listed}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@
     ├── NeedsValueError         a body asks for a number where there is no input to compute it from
     ├── InputError              inputs that a program cannot take
     ├── EditError               an edit that cannot be made in a forward, or kept (ValueError)
+    │   └── EditFileError       a file of edits that cannot be read or written
     ├── RenameError             an alias for modules that cannot be given (ValueError)
     ├── TraceError              a trace used where it cannot be used
     ├── ProgramError            a program that breaks one of the rules of ``verify``
@@ -80,6 +81,10 @@ class InputError(FxsightError, ValueError):
 
 class EditError(FxsightError, ValueError):
     """An edit that this forward cannot take: the message names the places it does not have; or one that is none."""
+
+
+class EditFileError(EditError):
+    """A file of edits that is damaged, foreign or newer, or an edit that cannot stand in a file."""
 
 
 class RenameError(FxsightError, ValueError):

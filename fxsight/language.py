@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fxsight.edit_text import edits_of
 from fxsight.loading import load, load_tokenizer
 from fxsight.model import Model
 from fxsight.prompts import Prompts
@@ -24,6 +25,8 @@ class LanguageModel(Model):
     tokenizer: of a loaded module; or what is used instead of the one at that place: itself, a repository id, a folder.
     options: arguments of ``from_pretrained`` (``revision``, ``dtype``, ``device_map``, ``attn_implementation``, ...).
 
+    import_edits: the name of edits to begin with (``export_edits``); True for those with the model's own name.
+
     A prompt is a text, a list of texts, token ids (a list, nested or not, or a tensor), or what a tokenizer returns.
     Keyword arguments that the forward does not have are the tokenizer's (``max_length``, ``truncation``, ...).
 
@@ -38,6 +41,7 @@ class LanguageModel(Model):
         rename: Rename | None = None,
         dispatch: bool = False,
         cache: bool = True,
+        import_edits: bool | str = False,
         **options: Any,
     ) -> None:
         own = {name: options.pop(name) for name in ("views", "methods") if name in options}
@@ -49,6 +53,8 @@ class LanguageModel(Model):
         if name is not None or isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer or name, options)
         self.__dict__["_inputs"] = Prompts(module, tokenizer)
+        if import_edits:
+            self.import_edits(import_edits if isinstance(import_edits, str) else (name or type(module).__name__))
 
     @property
     def tokenizer(self) -> Any:
@@ -60,9 +66,14 @@ class LanguageModel(Model):
         self.__dict__["_inputs"] = Prompts(self._module, tokenizer)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        super().__reduce__()
-        return _again, (type(self), self._module, self.tokenizer, self._options)
+        edits = super().__reduce__()[1][-1]
+        return _again, (type(self), self._module, self.tokenizer, self._options, edits)
 
 
-def _again(cls: type[LanguageModel], module: nn.Module, tokenizer: Any, options: Mapping[str, Any]) -> LanguageModel:
-    return cls(module, tokenizer=tokenizer, **options)
+def _again(
+    cls: type[LanguageModel], module: nn.Module, tokenizer: Any, options: Mapping[str, Any], edits: Any
+) -> LanguageModel:
+    model = cls(module, tokenizer=tokenizer, **options)
+    if edits is not None:
+        model.edits.load(edits_of(*edits), module)
+    return model

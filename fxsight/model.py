@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from fxsight.artifacts import Artifacts
 from fxsight.captures import Captures
 from fxsight.containers import Saved
 from fxsight.context import here
+from fxsight.edit_file import export_path, read_edits, write_edits
+from fxsight.edit_text import edits_data, edits_of
 from fxsight.edits import Edits
-from fxsight.errors import RenameError, TraceError, nearest
+from fxsight.errors import EditFileError, RenameError, TraceError, nearest
 from fxsight.grid import Grid
 from fxsight.inputs import PLAIN, Inputs
 from fxsight.methods import Method
@@ -166,6 +169,42 @@ class Model(View):
         """Remove all edits of this model; edited copies that were made of it keep theirs."""
         self.edits.clear()
 
+    def save_edits(self, path: str | Path) -> Path:
+        """Write the edits to a JSON file, and their tensors beside it: see ``edit_file``.  Returns: its path.
+
+        Raises: EditFileError without edits, or for one that cannot stand in a file.
+        """
+        return write_edits(self.edits, path, type(self._module).__name__)
+
+    def load_edits(self, path: str | Path) -> Model:
+        """Add the edits of a file to this model.  Returns: this model.
+
+        Raises: EditFileError for a file that is damaged, foreign or newer; EditError, naming all modules and weights
+        that this model does not have.
+        """
+        self.edits.load(read_edits(path), self._module)
+        return self
+
+    def export_edits(self, name: str, export_dir: str | Path | None = None, variant: str = "__default__") -> Path:
+        """Keep the edits under a name, in ``export_dir`` or in ``edit_file.edits_folder()``: ``name/variant.json``.
+
+        Raises: as ``save_edits``.
+        """
+        return self.save_edits(export_path(name, export_dir, variant))
+
+    def import_edits(self, name: str, export_dir: str | Path | None = None, variant: str = "__default__") -> Model:
+        """Add the edits that were kept under a name.  Returns: this model.
+
+        Raises: as ``load_edits``; EditFileError when there are none of that name.
+        """
+        path = export_path(name, export_dir, variant)
+        if not path.exists():
+            known = sorted(p.stem for p in path.parent.glob("*.json")) or sorted(
+                p.name for p in path.parent.parent.glob("*") if p.is_dir()
+            )
+            raise EditFileError(f"no edits {name!r} (variant {variant!r}) in {path.parent.parent}; {_listed(known)}")
+        return self.load_edits(path)
+
     def _edited(self) -> Model:
         """The same model with the same edits, to which others can be added."""
         edited = object.__new__(type(self))
@@ -272,9 +311,7 @@ class Model(View):
         self._captures.attach(parent, name, before)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._edits:
-            raise TraceError("a model with edits cannot be copied or pickled yet; copy it without, and edit the copy")
-        return _wrapped, (type(self), self._module, self._options)
+        return _wrapped, (type(self), self._module, self._options, edits_data(self.edits) if self._edits else None)
 
 
 def _check_views(classes: Iterable[Any]) -> None:
@@ -283,9 +320,17 @@ def _check_views(classes: Iterable[Any]) -> None:
             raise TypeError(f"views: {cls!r} is no subclass of fxsight.View")
 
 
-def _wrapped(cls: type[Model], module: nn.Module, options: Mapping[str, Any]) -> Model:
+def _wrapped(cls: type[Model], module: nn.Module, options: Mapping[str, Any], edits: Any = None) -> Model:
     """A model that was copied or pickled; its programs are captured again, or come from the cache folder."""
-    return cls(module, **options)
+    model = cls(module, **options)
+    if edits is not None:
+        model.edits.load(edits_of(*edits), module)
+    return model
+
+
+def _listed(names: Iterable[str]) -> str:
+    known = ", ".join(names)
+    return f"there are {known}" if known else "there are none"
 
 
 def save(value: Any) -> Any:

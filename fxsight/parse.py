@@ -13,6 +13,7 @@ import json
 import re
 import tokenize
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,6 +77,45 @@ def parse_arguments(call: str, nodes: Mapping[str, fx.Node]) -> tuple[tuple[Any,
     if not isinstance(parsed, ast.Call):
         raise TextError(f"not a call: {call!r}")
     return _Reader({}, nodes).arguments(parsed)
+
+
+@dataclass(frozen=True)
+class Line:
+    """``name = function(arguments)    # type`` by its parts.
+
+    target: the function; None for ``read``, ``constant`` and ``weight``, which are an edit's.
+    """
+
+    name: str
+    function: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    spec: Spec
+
+
+def parse_line(text: str, nodes: Mapping[str, fx.Node]) -> Line:
+    """One line of a body, in which these nodes have been made.
+
+    Raises: TextError.
+    """
+    try:
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        note = next((t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT), "")
+        match ast.parse(text).body:
+            case [ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call)]:
+                function = ast.unparse(call.func)
+            case _:
+                raise TextError("not 'name = function(...)'")
+        args, kwargs = _Reader({}, nodes).arguments(call)
+        target = None if function in ("read", "constant", "weight") else find_target(function)
+        if target is not None:
+            check_call(target, args)
+        return Line(name, function, target, args, kwargs, _read_note(note, name, 1).get("spec"))
+    except (*_DAMAGE, ValueError, MemoryError, tokenize.TokenError) as error:
+        if isinstance(error, TextError):
+            raise
+        raise TextError(f"{type(error).__name__}: {error}") from None
 
 
 def _parse(text: str) -> tuple[ast.FunctionDef, dict[int, str]]:

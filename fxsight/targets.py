@@ -44,9 +44,24 @@ def check_call(target: Any, args: Any) -> None:
     if target is operator.getitem and not isinstance(args[1] if len(args) == 2 else None, int):
         raise TextError("operator.getitem takes a member by its number")
     if target is mutate:
-        names = [step[0] for step in args[1]] + [args[2]]
-        for name in names:
+        for name in mutate_functions(args):
             find_target(name)
+
+
+def mutate_functions(args: Any) -> list[str]:
+    """The names of the functions that a ``mutate`` with these arguments calls.
+
+    Raises: TextError when they are none of such a call.
+    """
+    is_call = len(args) == 5 and isinstance(args[1], tuple) and isinstance(args[3], tuple)
+    if not is_call or not all(_is_step(step) for step in args[1]) or not isinstance(args[2], str):
+        raise TextError("mutate takes a value, the views, a function's name, and its arguments")
+    return [*(step[0] for step in args[1]), args[2]]
+
+
+def _is_step(step: Any) -> bool:
+    kinds = (str, tuple, dict, tuple)
+    return isinstance(step, tuple) and len(step) == 4 and all(map(isinstance, step, kinds))
 
 
 def argument_text(value: Any) -> str:

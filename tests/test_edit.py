@@ -81,7 +81,7 @@ def _language(kind: str) -> Model:
     torch.manual_seed(0)
     if kind == "gpt2":
         net: nn.Module = GPT2LMHeadModel(
-            GPT2Config(vocab_size=97, n_positions=64, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+            GPT2Config(vocab_size=97, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
         )
     else:
         net = LlamaForCausalLM(
@@ -89,7 +89,7 @@ def _language(kind: str) -> Model:
                 vocab_size=97,
                 hidden_size=16,
                 intermediate_size=24,
-                num_hidden_layers=3,
+                num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=1,
                 max_position_embeddings=64,
@@ -207,13 +207,13 @@ def test_language_models(kind: str) -> None:
     def add(h: Tensor) -> None:
         h += vector
 
-    for rows, length in ((2, 5), (1, 9), (3, 16)):
+    for rows, length in ((2, 5), (3, 16)):
         ids = _ids(rows, length)
         want = run(model._module, (ids,), {}, [Edit(path, "output", "inplace", add)])[0]
         got = edited(ids)
         assert type(got) is type(want)
         assert torch.equal(got.logits, want.logits)
-        assert torch.equal(got.past_key_values.layers[2].keys, want.past_key_values.layers[2].keys)
+        assert torch.equal(got.past_key_values.layers[1].keys, want.past_key_values.layers[1].keys)
         plain = edited(input_ids=ids, use_cache=False, return_dict=False)
         assert torch.equal(plain[0], want.logits)
 
@@ -222,10 +222,10 @@ def test_seed_program() -> None:
     """G7: edit, clear, edit in place."""
     model = _language("gpt2")
     with model.trace(_ids()):
-        hs = model.transformer.h[2].output[:, -1, :].save()
+        hs = model.transformer.h[1].output[:, -1, :].save()
         clean = model.lm_head.output.save()
     with model.edit() as edited:
-        model.transformer.h[2].output[:, -1, :] = hs * 0
+        model.transformer.h[1].output[:, -1, :] = hs * 0
     with model.trace(_ids()):
         original = model.lm_head.output.save()
     with edited.trace(_ids()):
@@ -233,7 +233,7 @@ def test_seed_program() -> None:
     assert torch.equal(original, clean)
     assert not torch.equal(changed, clean)
     with model.edit(inplace=True):
-        model.transformer.h[2].output[:, -1, :] = hs * 0
+        model.transformer.h[1].output[:, -1, :] = hs * 0
     with model.trace(_ids()):
         inplace = model.lm_head.output.save()
     model.clear_edits()
@@ -451,9 +451,9 @@ def test_a_tensor_of_the_example_s_size(model: Model) -> None:
     with model.edit(_x()) as edited:
         model.blocks[0].output = rows
     assert torch.equal(edited(_x()), _hooked(model, _x(), Edit("blocks.0", "output", "assign", lambda h: rows)))
-    with pytest.raises((WriteError, RuntimeError)) as caught:
+    told = r"f32\[5, 4\], .* is .*\[3, 4\]"
+    with pytest.raises(WriteError, match=told):
         edited(_x(5))
-    assert "(3)" in str(caught.value) or "[3, 4]" in str(caught.value)
     four = torch.arange(4.0)
     with model.edit(_x(4)) as edited:  # its size is that of the batch by chance
         model.blocks[0].output += four
