@@ -23,6 +23,7 @@ from fxsight.errors import EditError as EditError
 from fxsight.errors import FxsightError as FxsightError
 from fxsight.errors import FxsightWarning as FxsightWarning
 from fxsight.errors import InputError as InputError
+from fxsight.errors import LoadError as LoadError
 from fxsight.errors import NotCached as NotCached
 from fxsight.errors import NotExecuted as NotExecuted
 from fxsight.errors import NotSavedError as NotSavedError

@@ -13,6 +13,7 @@
     ├── InputError              inputs that a program cannot take
     ├── EditError               an edit that cannot be made in a forward, or kept (ValueError)
     │   └── EditFileError       a file of edits that cannot be read or written
+    ├── LoadError               a model or tokenizer that is not where it was looked for (OSError)
     ├── RenameError             an alias for modules that cannot be given (ValueError)
     ├── TraceError              a trace used where it cannot be used
     ├── ProgramError            a program that breaks one of the rules of ``verify``
@@ -73,6 +74,10 @@ class NotSavedError(FxsightError, ValueError):
 
 class NeedsValueError(FxsightError):
     """The body needs a number (``if``, ``.item()``, ``print``) and there is none to be had here."""
+
+
+class LoadError(FxsightError, OSError):
+    """A model or tokenizer that is not where it was looked for."""
 
 
 class InputError(FxsightError, ValueError):

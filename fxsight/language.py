@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from fxsight.edit_text import edits_of
-from fxsight.loading import load, load_tokenizer
+from fxsight.loading import Pending, Source
 from fxsight.model import Model
+from fxsight.plan import Plan
 from fxsight.prompts import Prompts
 from fxsight.rename import Rename
 
@@ -21,59 +23,109 @@ class LanguageModel(Model):
         with model.trace("The Eiffel Tower is in the city of"):
             logits = model.lm_head.output[:, -1].save()
 
-    model: a repository id or a local folder, loaded with ``AutoModelForCausalLM.from_pretrained``; or a loaded module.
-    tokenizer: of a loaded module; or what is used instead of the one at that place: itself, a repository id, a folder.
-    options: arguments of ``from_pretrained`` (``revision``, ``dtype``, ``device_map``, ``attn_implementation``, ...).
+    A model that is given by its name has no weights at first: it can be browsed and scanned, and the first trace, or
+    ``dispatch()``, loads them. A view, or a module of the model, that was taken before is then the loaded one; a
+    parameter is not.
 
+    model: a repository id or a local folder, loaded with ``from_pretrained``; or a loaded module.
+    tokenizer: of a loaded module; or what is used instead of the one at that place: itself, a repository id, a folder.
+    dispatch: load the weights now.
+    automodel: a class with ``from_pretrained``, or the name of one in ``transformers``; None for the one of causal,
+    sequence-to-sequence, image-text and masked language models that the model was saved as.
+    options: ``views`` and ``methods`` of ``Model``; all others are arguments of ``from_pretrained`` (``revision``,
+    ``dtype``, ``device_map``, ``attn_implementation``, ``quantization_config``, ...).
     import_edits: the name of edits to begin with (``export_edits``); True for those with the model's own name.
 
     A prompt is a text, a list of texts, token ids (a list, nested or not, or a tensor), or what a tokenizer returns.
     Keyword arguments that the forward does not have are the tokenizer's (``max_length``, ``truncation``, ...).
 
-    Raises: OSError when there is nothing to load; TypeError for arguments of ``from_pretrained`` with a loaded module.
+    Raises: LoadError when there is nothing to load; TypeError for arguments of ``from_pretrained`` with a loaded
+    module; RenameError.
     """
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | os.PathLike[str] | nn.Module,
         *,
         tokenizer: Any = None,
         rename: Rename | None = None,
         dispatch: bool = False,
         cache: bool = True,
         import_edits: bool | str = False,
+        automodel: Any = None,
         **options: Any,
     ) -> None:
         own = {name: options.pop(name) for name in ("views", "methods") if name in options}
-        if isinstance(model, nn.Module) and options:
-            raise TypeError(f"{', '.join(options)}: arguments for loading, and the model is loaded already")
-        name = model if isinstance(model, str) else None
-        module = load(model, options) if isinstance(model, str) else model
+        if isinstance(model, nn.Module):
+            if options or automodel is not None:
+                names = ", ".join([*options, *(["automodel"] if automodel is not None else [])])
+                raise TypeError(f"{names}: for loading a model, and this one is loaded already")
+            source, module = None, model
+        else:
+            source = Source(os.fspath(model), automodel, options)
+            module = source.load() if dispatch else source.empty()
         super().__init__(module, cache=cache, rename=rename, **own)
-        if name is not None or isinstance(tokenizer, str):
-            tokenizer = load_tokenizer(tokenizer or name, options)
-        self.__dict__["_inputs"] = Prompts(module, tokenizer)
+        found = source or Source("")
+        is_given = source is None and not isinstance(tokenizer, (str, os.PathLike))
+        self.__dict__["_inputs"] = Prompts(module, tokenizer if is_given else found.tokenizer(tokenizer))
+        self.__dict__["_weights"] = Pending(module, source)
         if import_edits:
-            self.import_edits(import_edits if isinstance(import_edits, str) else (name or type(module).__name__))
+            own_name = type(module).__name__ if source is None else source.name
+            self.import_edits(import_edits if isinstance(import_edits, str) else own_name)
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer; None for a module that was given without one."""
+        """The tokenizer; None for a model without one."""
         return self._inputs.tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
-        self.__dict__["_inputs"] = Prompts(self._module, tokenizer)
+        self._inputs.tokenizer = tokenizer
+
+    def dispatch(self) -> LanguageModel:
+        """Load the weights, if that has not been done.  Returns: this model.
+
+        Raises: LoadError; what ``from_pretrained`` raises.
+        """
+        with self._captures.lock:
+            self._weights.load()
+        return self
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """``Model.trace``, of prompts."""
+        self.dispatch()
+        return super().trace(*args, **kwargs)
+
+    def plan(self, body: Any, *args: Any, **kwargs: Any) -> Plan:
+        """``Model.plan``, of prompts."""
+        self.dispatch()
+        return super().plan(body, *args, **kwargs)
+
+    def __call__(self, *args: Any, hook: Any = None, **kwargs: Any) -> Any:
+        """The module's own output for a prompt."""
+        self.dispatch()
+        args, kwargs = self._inputs.prepare(args, kwargs)
+        return super().__call__(*args, hook=hook, **kwargs)
+
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return ([[0] * 8] * 2,), {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         edits = super().__reduce__()[1][-1]
-        return _again, (type(self), self._module, self.tokenizer, self._options, edits)
+        return _again, (type(self), self._module, self.tokenizer, self._weights.source, self._options, edits)
 
 
 def _again(
-    cls: type[LanguageModel], module: nn.Module, tokenizer: Any, options: Mapping[str, Any], edits: Any
+    cls: type[LanguageModel],
+    module: nn.Module,
+    tokenizer: Any,
+    source: Source | None,
+    options: Mapping[str, Any],
+    edits: Any,
 ) -> LanguageModel:
+    """A model that was copied or pickled."""
     model = cls(module, tokenizer=tokenizer, **options)
+    model.__dict__["_weights"] = Pending(module, source)
     if edits is not None:
         model.edits.load(edits_of(*edits), module)
     return model

@@ -7,8 +7,8 @@ padded here, not by the tokenizer, so that a tokenizer needs no padding token an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -35,10 +35,10 @@ class Prompts(Inputs):
         """The names of the arguments of the module's forward."""
         return frozenset(inspect.signature(type(self.module).forward).parameters)
 
-    @cached_property
-    def _tokenizer_words(self) -> frozenset[str]:
-        call = type(self.tokenizer).__call__ if self.tokenizer is not None else None
-        return frozenset() if call is None else frozenset(inspect.signature(call).parameters) - self.accepted
+    def _is_word(self, name: str) -> bool:
+        """Whether an argument is the tokenizer's."""
+        kind: Any = type(self.tokenizer)
+        return self.tokenizer is not None and name in _arguments(kind) - self.accepted
 
     @property
     def padding(self) -> Padding:
@@ -54,13 +54,13 @@ class Prompts(Inputs):
 
         Raises: InputError for a text without a tokenizer, for no tokens, and for what is neither text nor tokens.
         """
-        words = {name: value for name, value in kwargs.items() if name in self._tokenizer_words}
+        words = {name: value for name, value in kwargs.items() if self._is_word(name)}
         own = {name: value for name, value in kwargs.items() if name not in words}
         if isinstance(own.get("labels"), (str, list)):
             own["labels"] = self._tokens(own["labels"], words)["input_ids"]
         if len(args) != 1 or (isinstance(args[0], torch.Tensor) and not _is_ids(args[0])):
             return args, self._on_device(own)
-        return (), self._on_device({**self._tokens(args[0], words), **own})
+        return (), self._on_device(self._with_start({**self._tokens(args[0], words), **own}))
 
     def join(self, calls: Sequence[Call]) -> Call:
         """One call with the rows of several; those of different lengths are padded.
@@ -101,11 +101,28 @@ class Prompts(Inputs):
             raise InputError(f"the prompt {empty!r} has zero tokens: a model needs at least one")
         return self.padding.of_rows({name: value for name, value in rows.items() if name in self.accepted})
 
+    def _with_start(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """An encoder-decoder decodes from somewhere: without anything else, from the token that it begins with."""
+        config: Any = getattr(self.module, "config", None)
+        start = (
+            getattr(config, "decoder_start_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
+        )
+        if start is None or "labels" in kwargs or any(name.startswith("decoder_input") for name in kwargs):
+            return kwargs
+        return {**kwargs, "decoder_input_ids": torch.full((kwargs["input_ids"].shape[0], 1), start)}
+
     def _on_device(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         if device.type == "meta":
             return dict(kwargs)
         return {k: v.to(device) if type(v) is torch.Tensor and v.device != device else v for k, v in kwargs.items()}
+
+
+@cache
+def _arguments(tokenizer: Hashable) -> frozenset[str]:
+    """The names of the arguments of a tokenizer's call."""
+    call: Any = tokenizer.__call__  # type: ignore[operator]
+    return frozenset(inspect.signature(call).parameters) - {"self", "kwargs"}
 
 
 def _is_texts(given: Any) -> bool:

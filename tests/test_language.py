@@ -21,7 +21,7 @@ TOLERANCE = 2e-5  # of logits near 15: a padded row is computed by kernels for l
 
 @cache
 def _model() -> Any:
-    return LanguageModel(str(DEMO), cache=False)
+    return LanguageModel(str(DEMO))
 
 
 def _plain(*prompts: Any, **kwargs: Any) -> Tensor:
@@ -88,4 +88,4 @@ def test_bad_prompts() -> None:
     with pytest.raises(InputError, match="a prompt is a text, a list of texts, token ids or a tokenizer's result"):
         model.trace(1.5)
     with pytest.raises(InputError, match="a text needs a tokenizer, and this model has none"):
-        LanguageModel(model._module, cache=False).trace("text")
+        LanguageModel(model._module).trace("text")
