@@ -89,7 +89,8 @@ class Source:
             return given
         skipped = ("dtype", "torch_dtype", "quantization_config")
         options = {name: value for name, value in self.options.items() if name not in skipped}
-        return AutoConfig.from_pretrained(self.name, return_unused_kwargs=True, **options)[0]
+        found: Any = AutoConfig.from_pretrained(self.name, return_unused_kwargs=True, **options)
+        return found[0]
 
     def _class(self, config: Any) -> Any:
         import transformers
