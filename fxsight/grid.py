@@ -32,7 +32,8 @@ class Grid:
 
     axes: name → labels.  tree, leaves: what one cell returns; per leaf a tensor [*axes, *shape of a cell's value].
     done: b1[*axes], which cells have been computed; the others hold NaN, or 0 where the dtype has none.
-    mode: "exact": each cell bitwise as if it were traced alone.  plan: how it was computed.
+    mode: "exact": each cell bitwise as if it were traced alone; "fast": within ``lower.TOLERANCE`` of that.
+    plan: how it was computed.
     """
 
     axes: Labels

@@ -130,12 +130,20 @@ class Model(View):
         """A block in which shapes and dtypes are known and nothing is run; works without weights."""
         return Scan(self._captures, (args, kwargs), "eager", self._inputs, self._edits)
 
-    def plan(self, body: Any, *args: Any, mode: str = "exact", **kwargs: Any) -> Plan:
+    def plan(self, body: Any, *args: Any, mode: str = "exact", budget: int | None = None, **kwargs: Any) -> Plan:
         """How ``sweep`` would compute it: ``print(plan)`` shows what is shared and what it costs; ``plan.run()``."""
         axes, own = split_arguments(body, kwargs)
-        return plan_sweep(self._captures, body, self._inputs.prepare(args, own), axes, mode, self._edits)
+        return plan_sweep(self._captures, body, self._inputs.prepare(args, own), axes, mode, self._edits, budget)
 
-    def sweep(self, body: Any, *args: Any, mode: str = "exact", progress: bool = True, **kwargs: Any) -> Grid:
+    def sweep(
+        self,
+        body: Any,
+        *args: Any,
+        mode: str = "exact",
+        budget: int | None = None,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> Grid:
         """One body for every cell of a grid: ``body(layer=..., position=...)`` reads and writes values of this model.
 
             def patch(layer, position):
@@ -146,11 +154,13 @@ class Model(View):
 
         args, kwargs: of the model, the same in all cells; those with the name of a parameter of the body are axes: any
         collection, a tensor by its first dimension, or a dict of labels and values. No gradients are kept.
-        mode: "exact": every cell bitwise as if traced alone.  progress: a line on stderr while it takes long.
+        mode: "exact": every cell bitwise as if traced alone; "fast": cells computed together, within
+        ``lower.TOLERANCE``.  budget: bytes that such cells may hold at once, besides weights and what they share.
+        progress: a line on stderr while it takes long.
 
         Raises: what the body raises, with a note that names the cell; TraceError where cells return different things.
         """
-        return self.plan(body, *args, mode=mode, **kwargs).run(progress)
+        return self.plan(body, *args, mode=mode, budget=budget, **kwargs).run(progress)
 
     # -- edits that stay ---------------------------------------------------------------------------------------------
 

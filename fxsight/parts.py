@@ -16,12 +16,15 @@ import torch
 from torch import fx, nn
 
 from fxsight import _torch
+from fxsight.clean import clean_program, wanted_clean
 from fxsight.cost import Sizes, bytes_of
 from fxsight.extract import extract
 from fxsight.node import Binding
 from fxsight.numbering import Depends, Numbering, dependence, value_numbers
 from fxsight.program import Program
 from fxsight.run import Executable
+from fxsight.stride import Stride
+from fxsight.together import Together
 
 Constants = Sequence[Any]  # of one cell: the user's tensors, then the numbers that vary
 
@@ -56,6 +59,7 @@ class Group:
     whole: a cell's program as a trace would run it.  program: the same, narrowed to what is read.
     cells: their numbers.  constants: of each.  parts: in order, the shared one first.
     results: values that a cell saves.  last: shared values that no later group needs.
+    together: how its cells are computed together, where they are (``mode="fast"``); the parts are what they share then.
     """
 
     whole: Program
@@ -65,6 +69,7 @@ class Group:
     parts: tuple[Part, ...]
     results: tuple[int, ...]
     last: frozenset[int]
+    together: Together | None = None
 
     @property
     def shared(self) -> list[Part]:
@@ -97,18 +102,28 @@ def identity(constant: Any) -> Hashable:
 
 @dataclass(frozen=True, eq=False)
 class Alike:
-    """Cells with one program that has not been cut yet; ``whole`` is that of a trace."""
+    """Cells with one program that has not been cut yet; ``whole`` is that of a trace.
+
+    stride: how they are computed together, where they are.
+    """
 
     whole: Program
     program: Program
     cells: tuple[int, ...]
     constants: tuple[Constants, ...]
+    sizes: Sizes
+    stride: Stride | None = None
 
     @property
     def varies(self) -> Depends:
         """The constants that are not the same in all cells."""
-        columns = [list(map(identity, column)) for column in zip(*self.constants, strict=True)]
-        return frozenset(i for i, column in enumerate(columns) if any(x != column[0] for x in column))
+        return varying_constants(self.constants)
+
+
+def varying_constants(constants: Sequence[Constants]) -> Depends:
+    """The constants that are not the same in all cells."""
+    columns = [list(map(identity, column)) for column in zip(*constants, strict=True)]
+    return frozenset(i for i, column in enumerate(columns) if any(x != column[0] for x in column))
 
 
 class _Draft:
@@ -120,11 +135,38 @@ class _Draft:
         self.numbers = value_numbers(graph, numbering, lambda b: self._given(b, number, varies), number)
         self.results = tuple(self.numbers[node] for node in alike.program.results)
         self.pieces: dict[Depends, dict[fx.Node, None]] = {}
+        self.own: dict[fx.Node, None] = {}  # what is computed together
+        self.clean: dict[fx.Node, int] = {}
+        self.before = self._clean(alike.stride, number, numbering, done) if alike.stride is not None else None
         for node, depends in dependence(graph, varies).items():
             runs = node.op == "call_function" or (node.op == "placeholder" and node in alike.program.results)
             if runs and self.numbers[node] not in done:
                 self.pieces.setdefault(depends, {})[node] = None
+        if alike.stride is not None:
+            shared = self.pieces.get(frozenset(), {})
+            self.own = {node: None for piece in self.pieces.values() for node in piece if node not in shared}
+            self.pieces = {frozenset(): shared}
         done |= {self.numbers[node] for node in self.pieces.get(frozenset(), ())}
+
+    def _clean(self, stride: Stride, number: int, numbering: Numbering, done: set[int]) -> _Draft | None:
+        """What cells need of the run without edits: computed first, and shared with the groups to come."""
+        wanted = wanted_clean(self.alike.program, stride) if stride.partial else []
+        if not wanted:
+            return None
+        program = clean_program(self.alike.program, stride, wanted)
+        alike = Alike(program, program, (), self.alike.constants[:1], self.alike.sizes)
+        draft = _Draft(alike, -1 - number, numbering, done)
+        self.clean = dict(zip(wanted, draft.results, strict=True))
+        return draft
+
+    @property
+    def shared(self) -> dict[fx.Node, int]:
+        """What the cells that are computed together take of what they share."""
+        stride = self.alike.stride
+        lifts = [lift.clean for step in stride.late for lift in step.lifts.values()] if stride is not None else []
+        nodes = [*self.outside(self.own), *(node for node in lifts if node is not None)]
+        nodes += [n for n in self.alike.program.results if n not in self.own]
+        return {node: self.numbers[node] for node in nodes if node.op == "call_function"}
 
     def _given(self, binding: Binding, number: int, varies: Depends) -> Hashable:
         if binding.kind != "constant":
@@ -145,7 +187,8 @@ class _Draft:
     def needs(self) -> set[int]:
         """The values that pass between pieces, or are saved."""
         crossing = {self.numbers[a] for piece in self.pieces.values() for a in self.outside(piece)}
-        return crossing | set(self.results)
+        before = self.before.needs if self.before is not None else set[int]()
+        return crossing | before | set(self.shared.values() if self.alike.stride is not None else self.results)
 
 
 def cut(groups: Sequence[Alike], module: nn.Module) -> list[Group]:
@@ -157,13 +200,17 @@ def cut(groups: Sequence[Alike], module: nn.Module) -> list[Group]:
 
 
 def _group(draft: _Draft, number: int, last: Mapping[int, int], module: nn.Module) -> Group:
-    ordered = sorted(draft.pieces.items(), key=lambda pair: (len(pair[0]), sorted(pair[0])))
-    parts = [_part(draft, depends, piece, set(last), module) for depends, piece in ordered]
+    parts = [
+        _part(each, depends, piece, set(last), module)
+        for each in ([draft.before] if draft.before is not None else []) + [draft]
+        for depends, piece in sorted(each.pieces.items(), key=lambda pair: (len(pair[0]), sorted(pair[0])))
+    ]
     over = frozenset(value for value, group in last.items() if group == number)
     kept = tuple(part for part in parts if part.gives)
-    return Group(
-        draft.alike.whole, draft.alike.program, draft.alike.cells, draft.alike.constants, kept, draft.results, over
-    )
+    alike, together = draft.alike, None
+    if alike.stride is not None:
+        together = Together(alike.program, alike.stride, draft.shared, draft.clean, module, alike.sizes)
+    return Group(alike.whole, alike.program, alike.cells, alike.constants, kept, draft.results, over, together)
 
 
 def _part(draft: _Draft, depends: Depends, piece: Mapping[fx.Node, None], needed: set[int], module: nn.Module) -> Part:
@@ -184,16 +231,27 @@ def _part(draft: _Draft, depends: Depends, piece: Mapping[fx.Node, None], needed
 Values = dict[int, Any]
 
 
-def run_groups(groups: Sequence[Group], leaves: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
+def run_groups(groups: Sequence[Group], leaves: Sequence[Any], budget: int) -> Iterator[tuple[int, list[Any]]]:
     """Cell by cell, its number and what it saves: tensors that others may share, to be copied.
 
-    leaves: of the inputs.
+    leaves: of the inputs.  budget: bytes that cells which are computed together may hold at once.
     """
     shared: Values = {}
     for group in groups:
-        yield from _run_group(group, leaves, shared)
+        if group.together is None:
+            yield from _run_group(group, leaves, shared)
+        else:
+            yield from _run_together(group, group.together, leaves, shared, budget)
         for value in group.last & shared.keys():
             del shared[value]
+
+
+def _run_together(
+    group: Group, together: Together, leaves: Sequence[Any], shared: Values, budget: int
+) -> Iterator[tuple[int, list[Any]]]:
+    for part in group.shared:
+        shared.update(_run_part(part, leaves, group.constants[0], shared))
+    yield from together.run(list(zip(group.cells, group.constants, strict=True)), leaves, shared, budget)
 
 
 def _run_group(group: Group, leaves: Sequence[Any], shared: Values) -> Iterator[tuple[int, list[Any]]]:

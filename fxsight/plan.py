@@ -20,6 +20,8 @@ from fxsight.program import Program
 from fxsight.progress import Progress
 from fxsight.show import Text
 from fxsight.spec import TensorSpec
+from fxsight.targets import target_name
+from fxsight.together import BUDGET, Together
 from fxsight.tree import Tree
 
 
@@ -36,7 +38,8 @@ class Plan:
     """How a sweep will be computed: ``print(plan)``, then ``plan.run()``.
 
     axes: name → labels.  cells: what was recorded, one for each cell.  groups: those that share; all others run alone.
-    alone: their numbers, and why.  returned: what each cell returns.  mode: "exact".
+    alone: their numbers, and why.  returned: what each cell returns.  mode: "exact" or "fast".
+    budget: bytes that cells which are computed together may hold at once.
     """
 
     axes: Labels
@@ -48,6 +51,7 @@ class Plan:
     captures: Captures
     sizes: Sizes
     leaves: Sequence[Any]
+    budget: int = BUDGET
 
     # -- what it costs -----------------------------------------------------------------------------------------------
 
@@ -68,8 +72,15 @@ class Plan:
 
     @cached_property
     def own(self) -> Cost:
-        """Of what runs for each cell, or for some cells together."""
-        return sum((self._whole(p.program) * len(set(g.keys(p))) for g in self.groups for p in g.own), Cost())
+        """Of what runs for each cell, or for some cells together; of what is computed together, at most."""
+        exact = (self._whole(p.program) * len(set(g.keys(p))) for g in self.groups if not g.together for p in g.own)
+        fast = (together.cost(len(group.cells), self.budget) for group, together in self.together)
+        return sum((*exact, *fast), Cost())
+
+    @property
+    def together(self) -> list[tuple[Group, Together]]:
+        """The groups whose cells are computed together."""
+        return [(group, group.together) for group in self.groups if group.together is not None]
 
     @cached_property
     def _alone(self) -> Cost:
@@ -97,8 +108,9 @@ class Plan:
 
     @cached_property
     def cell_bytes(self) -> int:
-        """The most memory that one part holds while it runs, besides weights and shared values."""
-        return max((peak_bytes(p.program.graph, self.sizes) for g in self.groups for p in g.parts), default=0)
+        """The most memory that one part, or one chunk, holds while it runs, besides weights and shared values."""
+        parts = [peak_bytes(p.program.graph, self.sizes) for g in self.groups for p in g.parts]
+        return max([*parts, *(t.chunk_bytes(len(group.cells), self.budget) for group, t in self.together)], default=0)
 
     # -- text --------------------------------------------------------------------------------------------------------
 
@@ -114,7 +126,8 @@ class Plan:
         if self.groups:
             yield f"  {programs} for {sum(len(group.cells) for group in self.groups)} cells"
             yield f"  once           {_cost(self.shared)}"
-            yield f"  for each cell  {_cost(self.own)}"
+            yield f"  for each cell  {'at most ' if self.together else ''}{_cost(self.own)}"
+        yield from self._fast_lines()
         narrowed = sum(any(made.startswith("NarrowReads") for made in g.program.history) for g in self.groups)
         if narrowed:
             yield f"  only rows that are read: {narrowed} programs, tried to give the same bits"
@@ -128,6 +141,26 @@ class Plan:
             f"  memory         shared values {_bytes(self.held)}, while a cell runs {_bytes(self.cell_bytes)}, "
             f"results {_bytes(self.result_bytes)}"
         )
+
+    def _fast_lines(self) -> Iterator[str]:
+        if not self.together:
+            return
+        axes = dict.fromkeys(together.stride.axis for _, together in self.together)
+        cells = sum(len(group.cells) for group, _ in self.together)
+        chunks = sum(together.chunks(len(group.cells), self.budget) for group, together in self.together)
+        by = f"{cells} cells by {' and '.join(axes)}"
+        yield f"  together       {by}, in at most {chunks} chunks of {_bytes(self.budget)}"
+        if any(together.stride.partial for _, together in self.together):
+            yield "                 only rows that an edit reaches; the others are those of the run without it"
+        names = sorted({target_name(node.target) for _, together in self.together for node in together.stride.alone})
+        if names:
+            yield f"                 but cell by cell: {', '.join(names)}"
+        exact = len(self.groups) - len(self.together)
+        if exact:
+            yield f"                 but {exact} programs as in mode exact: nothing in them is known to go by rows"
+        done = [rows for _, together in self.together for rows in together.done]
+        if done:
+            yield f"  computed       {sum(n for n, _ in done):,} of {sum(n for _, n in done):,} rows"
 
     def __str__(self) -> str:
         return self.explain()
@@ -162,7 +195,7 @@ class Plan:
     def _results(self) -> Iterator[tuple[int, list[Any]]]:
         for number in self.alone:
             yield number, self.cells[number].run_alone(self.leaves)
-        yield from run_groups(self.groups, self.leaves)
+        yield from run_groups(self.groups, self.leaves, self.budget)
 
     def _empty(self) -> Grid:
         shape = [len(labels) for labels in self.axes.values()]

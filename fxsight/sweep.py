@@ -30,20 +30,22 @@ from fxsight.intervention import Intervention
 from fxsight.lift import Outline, lifted, outline, varying
 from fxsight.lost import warn_of_lost_edits
 from fxsight.numbering import has_effects
-from fxsight.parts import Alike, cut
+from fxsight.parts import Alike, cut, varying_constants
 from fxsight.pipeline import cell_pass
 from fxsight.plan import Plan, Returned
 from fxsight.progress import Progress
 from fxsight.rows import Call
 from fxsight.run import Executable
 from fxsight.spec import TensorSpec
+from fxsight.stride import best_stride
+from fxsight.together import BUDGET
 from fxsight.tracer import Tracer
 from fxsight.tree import flatten
 from fxsight.value import Value
 from fxsight.walk import Walk
 
 Body = Callable[..., Any]
-MODES = ("exact",)
+MODES = ("exact", "fast")
 _NUMBERS = "its body asks for numbers"
 _EFFECTS = "random numbers are drawn, or the model changes its own buffers"
 
@@ -214,7 +216,13 @@ def _axis(name: str, given: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def plan_sweep(
-    captures: Captures, body: Body, call: Call, axes: Mapping[str, Any], mode: str, edits: Sequence[Edit] = ()
+    captures: Captures,
+    body: Body,
+    call: Call,
+    axes: Mapping[str, Any],
+    mode: str,
+    edits: Sequence[Edit] = (),
+    budget: int | None = None,
 ) -> Plan:
     """Record every cell, and find what they share; nothing runs but the numbers that a body asks for.
 
@@ -224,6 +232,8 @@ def plan_sweep(
     """
     if mode not in MODES:
         raise TraceError(f"no mode {mode!r}; one of {', '.join(MODES)}")
+    if budget is not None and not (type(budget) is int and budget > 0):
+        raise TraceError(f"budget={budget!r}: a number of bytes, for example budget=256 * 2**20")
     if here().session is not None:
         raise TraceError("a sweep inside a session: it runs at once; write it before or after")
     both = {name: _axis(name, given) for name, given in axes.items()}
@@ -231,9 +241,21 @@ def plan_sweep(
     values = {name: pair[1] for name, pair in both.items()}
     with waiting():
         cells = _record(captures, body, call, labels, values, edits)
-        groups, alone = _alike(captures, cells)
+        groups, alone = _alike(captures, cells, mode)
         parts = cut(groups, captures.module)
-    return Plan(labels, cells, parts, alone, _same_returns(cells), mode, captures, cells[0].sizes, cells[0].leaves)
+    returned, first = _same_returns(cells), cells[0]
+    return Plan(
+        labels,
+        cells,
+        parts,
+        alone,
+        returned,
+        mode,
+        captures,
+        first.sizes,
+        first.leaves,
+        BUDGET if budget is None else budget,
+    )
 
 
 def _record(
@@ -277,7 +299,7 @@ def _same_returns(cells: Sequence[SweepCell]) -> Returned:
     return first
 
 
-def _alike(captures: Captures, cells: Sequence[SweepCell]) -> tuple[list[Alike], dict[int, str]]:
+def _alike(captures: Captures, cells: Sequence[SweepCell], mode: str) -> tuple[list[Alike], dict[int, str]]:
     """Groups of cells with one program, and the cells that run alone, with the reason."""
     alone = {number: _NUMBERS for number, cell in enumerate(cells) if cell.has_numbers}
     kinds: dict[tuple[int, str], list[int]] = {}
@@ -285,7 +307,9 @@ def _alike(captures: Captures, cells: Sequence[SweepCell]) -> tuple[list[Alike],
         if number not in alone:
             kinds.setdefault((id(cell.captured), cell.outline.text), []).append(number)
     tried: Known = {}
-    groups = [_group(captures, [(number, cells[number]) for number in members], tried) for members in kinds.values()]
+    groups = [
+        _group(captures, [(number, cells[number]) for number in members], tried, mode) for members in kinds.values()
+    ]
     if not any(has_effects(group.program.graph.nodes) for group in groups):
         return groups, alone
     if alone:
@@ -297,10 +321,13 @@ def _alike(captures: Captures, cells: Sequence[SweepCell]) -> tuple[list[Alike],
     return [], dict.fromkeys(range(len(cells)), _EFFECTS)
 
 
-def _group(captures: Captures, members: Sequence[tuple[int, SweepCell]], tried: Known) -> Alike:
+def _group(captures: Captures, members: Sequence[tuple[int, SweepCell]], tried: Known, mode: str) -> Alike:
     cells = [cell for _, cell in members]
+    captured, sizes = cells[0].captured, cells[0].sizes
     which = varying([cell.outline for cell in cells])
-    whole = cell_pass(lifted(cells[0].asked, which))(cells[0].captured)
-    program = narrow_exactly(whole, cells[0].sizes, captures.weight, tried)
+    program = whole = cell_pass(lifted(cells[0].asked, which))(captured)
     constants = tuple((*cell.constants, *(cell.outline.numbers[i] for i in which)) for cell in cells)
-    return Alike(whole, program, tuple(number for number, _ in members), constants)
+    found = best_stride(whole, captured, varying_constants(constants), sizes) if mode == "fast" else None
+    if found is None:
+        program = narrow_exactly(whole, sizes, captures.weight, tried)
+    return Alike(whole, program, tuple(number for number, _ in members), constants, sizes, found)

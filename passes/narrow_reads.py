@@ -130,7 +130,7 @@ def _reading(user: fx.Node, node: fx.Node, found: Mapping[fx.Node, Move]) -> Map
         dim, index = int(user.args[1]) % _rank(node), user.args[2]  # type: ignore[arg-type]
         return {dim: (index, 1)} if type(index) is int else None
     if user.target is torch.Tensor.__getitem__:
-        items = _items(user.args[1], _rank(node))
+        items = items_of(user.args[1], _rank(node))
         return None if items is None else {d: x for d, item in enumerate(items) if (x := _row(item)) is not None}
     return None
 
@@ -150,7 +150,7 @@ def _sliced(node: fx.Node) -> Mapping[int, Window] | None:
     return {dim % _rank(node): window} if window[1] > 0 else None
 
 
-def _items(index: Any, rank: int) -> list[Any] | None:
+def items_of(index: Any, rank: int) -> list[Any] | None:
     """One item for each dimension; None where that cannot be said."""
     items = list(index) if isinstance(index, tuple) else [index]
     if not all(map(_is_plain, items)) or sum(x is Ellipsis for x in items) > 1:
@@ -247,7 +247,7 @@ def _read_last(user: fx.Node, dim: int, rank: int) -> None:
     elif user.target is aten.select.int:
         user.args = (user.args[0], dim, -1)
     else:
-        items = _items(user.args[1], rank)
+        items = items_of(user.args[1], rank)
         assert items is not None, "only readings are narrowed"
         items[dim] = items[dim] if isinstance(items[dim], slice) else -1
         user.args = (user.args[0], tuple(items))

@@ -411,7 +411,7 @@ def test_refusals(body: Any, axes: dict[str, Any], message: str) -> None:
 
 
 def test_modes_and_sessions() -> None:
-    with pytest.raises(fxsight.TraceError, match="no mode 'quick'; one of exact"):
+    with pytest.raises(fxsight.TraceError, match="no mode 'quick'; one of exact, fast"):
         scale_model().sweep(double, torch.ones(2), mode="quick", shift=[0.0], times=[1])
     with fxsight.session(), pytest.raises(fxsight.TraceError, match="a sweep inside a session: it runs at once"):
         small_grid()
