@@ -25,6 +25,7 @@ from fxsight.lines import user_line
 from fxsight.lost import stale_edit
 from fxsight.node import Fixed, Origin
 from fxsight.place import Location, Places
+from fxsight.resize import resize
 from fxsight.rows import Rows, overlap
 from fxsight.spec import TensorSpec
 from fxsight.tree import LEAF, Tree, flatten
@@ -217,6 +218,11 @@ class Recorder:
         """Go on over another program of the same model: one in which something has been opened."""
         self.sizes = self.body.sizes = self.sizes if sizes is None else sizes
         self.places, self.program, self._specs = places, places.program, places.specs(self.sizes)
+
+    def resize(self) -> None:
+        """After a move to other sizes, and to other places: shapes as they are now."""
+        reads = {state.read: self._spec(state.location) for state in self._states.values()}
+        resize(self.body.graph, reads, self.places.rules, self.body.fake, self.body.mode)
 
     def relocate(self, find: Callable[[Location], Location]) -> None:
         """After a move to a program with other calls: the same locations there."""

@@ -317,6 +317,7 @@ class Tracer(Running):
         recorder.move(self._places, self._sizes)
         if captured is not before:
             recorder.relocate(self._relocated)
+        recorder.resize()
 
     def _relocated(self, location: Location) -> Location:
         port = location.address.port

@@ -315,6 +315,16 @@ def test_shapes_of_an_invoke_are_those_of_its_rows_when_others_follow() -> None:
         with tracer.invoke(two):
             like = fxsight.save(torch.ones(16).expand_as(model.blocks[0].drop.input))
     assert torch.equal(like, torch.ones(2, 5, 16))
+    with model.trace() as tracer:
+        with tracer.invoke(one):
+            model.blocks[0].ln_1.input[:, ::2].tanh_()
+            first = model.blocks[0].ln_1.input
+            model.blocks[0].ln_1.output = torch.ones(16).expand_as(first)
+        with tracer.invoke(one):
+            assert first.mean() != 0  # with the batch of both
+            norm = model.blocks[0].ln_1.output.save()
+        out = model.output.save()
+    assert norm.shape == (1, 5, 16) and out.shape[0] == 2
 
 
 def test_g5_embeddings_of_one_prompt_in_another_without_a_barrier() -> None:
