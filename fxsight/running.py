@@ -28,7 +28,7 @@ from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.rows import Call, Rows
 from fxsight.run import Executable
-from fxsight.tree import flatten
+from fxsight.tree import flatten, plain_leaves
 from fxsight.value import Value, check_usable, values_in
 from fxsight.walk import Finish, Walk
 
@@ -102,6 +102,9 @@ class Running:
     @property
     def inputs(self) -> list[Any]:
         """The leaves of all inputs, as they are given to the program; values of earlier blocks are computed for it."""
+        plain = plain_leaves(*self._batch.joined)
+        if plain is not None:
+            return plain
         leaves: list[Any] = flatten(self._batch.joined)[0]
         for value in values_in(leaves):
             value.cell.recorder.force()
@@ -199,6 +202,8 @@ def check_inputs(call: Call | None) -> None:
 
     Raises: TraceError for a value of an open block, NotSavedError.
     """
+    if call is None or plain_leaves(*call) is not None:
+        return
     for value in values_in(call):
         check_usable(value.cell)
         if value.cell.recorder.is_open:

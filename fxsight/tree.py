@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,18 @@ def flatten(value: Any) -> tuple[list[Any], Tree]:
     """Leaves in order, and the shape."""
     leaves: list[Any] = []
     return leaves, _flatten(value, leaves)
+
+
+def plain_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+    """The leaves of the arguments of a call where each is a plain tensor or a plain value; None for all others.
+
+    The same as ``flatten((args, kwargs))[0]``, and many times faster.
+    """
+    leaves = [*args, *kwargs.values()]
+    return None if any(type(leaf) not in _PLAIN for leaf in leaves) else leaves
+
+
+_PLAIN = frozenset((torch.Tensor, bool, int, float, str, type(None)))
 
 
 def leaves_of(value: Any) -> list[Any]:
