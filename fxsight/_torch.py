@@ -312,3 +312,13 @@ def symbolic_number(mode: FakeTensorMode, expr: Any, number: int) -> Any:
     env = mode.shape_env
     assert env is not None
     return env.create_symintnode(expr, hint=number)
+
+
+def write_aoti(exported: Any, path: Any) -> None:
+    """Compile an exported program to an AOTInductor package (``torch._inductor.aoti_compile_and_package``, 2.6 on).
+
+    The only way to such a package; torch documents it under this private name.
+    """
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(exported, package_path=str(path))

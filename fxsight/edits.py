@@ -16,6 +16,7 @@ from fxsight.edit import Edit
 from fxsight.errors import EditError, nearest
 from fxsight.lower import Tier
 from fxsight.parameters import EditParameters
+from fxsight.program import Program
 from fxsight.run import Executable
 from fxsight.tracer import Tracer
 from fxsight.tree import flatten
@@ -83,6 +84,13 @@ class Edits(Sequence[Edit]):
 
         Raises: EditError where this forward does not have the places; CaptureError.
         """
+        return self.prepared(captures, call, tier).run(flatten(call)[0], self._edits)
+
+    def prepared(self, captures: Captures, call: tuple[tuple[Any, ...], Mapping[str, Any]], tier: Tier) -> PlainCall:
+        """The finished program of such a call.
+
+        Raises: as ``call``.
+        """
         found = captures.quick(*call)
         key = (id(found.program), *found.sizes.items(), tier, *self._key(captures))
         made = self._calls.get(key)
@@ -90,7 +98,7 @@ class Edits(Sequence[Edit]):
             made = self._calls[key] = _plain_call(captures, call, tier, self)
             if len(self._calls) > KEPT:
                 self._calls.popitem(last=False)
-        return made.run(flatten(call)[0], self._edits)
+        return made
 
     def _key(self, captures: Captures) -> Iterator[Any]:
         """What a finished program depends on of the edits: all but the numbers of their tensors."""
@@ -128,9 +136,10 @@ def check_places(edits: Iterable[Edit], module: nn.Module) -> None:
 class PlainCall:
     """A finished program that returns the module's output.
 
-    places: per constant of the program, which tensor of which edit it is.
+    base: the program without the edits.  places: per constant of the program, which tensor of which edit it is.
     """
 
+    base: Program
     executable: Executable
     places: tuple[tuple[int, int], ...]
 
@@ -148,18 +157,19 @@ def _plain_call(captures: Captures, call: Any, tier: Tier, edits: Sequence[Edit]
     for i, edit in enumerate(edits):
         for j, tensor in enumerate(edit.tensors):
             table.setdefault(id(tensor), (i, j))
-    return PlainCall(executable, tuple(table[id(tensor)] for tensor in trace.constants))
+    return PlainCall(trace.base, executable, tuple(table[id(tensor)] for tensor in trace.constants))
 
 
 class _Plain(Tracer):
     """A trace whose body is: keep the output."""
 
+    base: Program
     constants: list[torch.Tensor]
 
     def finish(self) -> Executable:
         """The finished program; nothing is run."""
         self._begin()
-        recorder = self.recorder
+        self.base, recorder = self._base, self.recorder
         recorder.keep(self.do_read(Address(""), "output"))
         recorder.finish()
         self.constants = recorder.constants

@@ -18,6 +18,7 @@ from fxsight.edit_file import export_path, read_edits, write_edits
 from fxsight.edit_text import edits_data, edits_of
 from fxsight.edits import Edits
 from fxsight.errors import EditFileError, RenameError, TraceError, nearest
+from fxsight.export import Export, export_edited
 from fxsight.grid import Grid
 from fxsight.inputs import PLAIN, Inputs
 from fxsight.methods import Method
@@ -214,6 +215,20 @@ class Model(View):
             )
             raise EditFileError(f"no edits {name!r} (variant {variant!r}) in {path.parent.parent}; {_listed(known)}")
         return self.load_edits(path)
+
+    def export(self, path: str | Path, *args: Any, format: Any = None, check: bool = True, **kwargs: Any) -> Export:
+        """Write the edited model as a file that runs without fxsight, and a manifest beside it: see ``export``.
+
+        path: ends in ``.pt2`` (``torch.export.load``).  args, kwargs: an example of the inputs; free sizes stay free.
+        check: load the file in a fresh process and compare, at sizes that were not seen at the export, too.
+
+        Raises: EditError where the edits hold for some sizes only, where torch cannot write the program, and when the
+        file does not compute the same; TraceError without an example.
+        """
+        call = self._inputs.prepare(args, kwargs) if self._inputs.are_given(args, kwargs) else self._example()
+        if call is None:
+            raise TraceError("an export needs an example of the inputs: edited.export(path, x)")
+        return export_edited(self._captures, self.edits, call, path, format, check)
 
     def _edited(self) -> Model:
         """The same model with the same edits, to which others can be added."""

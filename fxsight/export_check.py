@@ -1,0 +1,99 @@
+"""A file that was exported, loaded in a fresh Python process without fxsight, and compared there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fxsight.errors import EditError
+
+_SCRIPT = """
+import json, sys
+sys.modules["fxsight"] = None
+import torch
+kind, path, folder, count = sys.argv[1:]
+
+def leaves(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [y for x in value for y in leaves(x)] if isinstance(value, (list, tuple)) else [value]
+
+if kind == "pt2":
+    run = torch.export.load(path).module()
+elif kind == "aoti":
+    run = torch._inductor.aoti_load_package(path)
+else:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    def run(**inputs):
+        return [torch.from_numpy(x) for x in session.run(None, {k: v.numpy() for k, v in inputs.items()})]
+
+found = []
+for number in range(int(count)):
+    case = torch.load(f"{folder}/{number}.pt", weights_only=True)
+    with torch.no_grad():
+        results = [x for x in leaves(run(**case["inputs"])) if isinstance(x, torch.Tensor)]
+    wanted = case["outputs"]
+    same = len(results) == len(wanted) and all(a.shape == b.shape for a, b in zip(results, wanted))
+    differences = [((a.double() - b.double()).abs() / (1 + b.double().abs())).nan_to_num(0, 0, 0)
+                   for a, b in zip(results, wanted)] if same else []
+    equal = same and all(((a == b) | ((a != a) & (b != b))).all().item() for a, b in zip(results, wanted))
+    largest = max([float(d.max()) for d in differences if d.numel()], default=0.0)
+    found.append({"shapes": same, "bitwise": equal, "largest": largest})
+print("\\n" + json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs by name, and the tensors that the edited model returns for them."""
+
+    inputs: Mapping[str, torch.Tensor]
+    outputs: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the fresh process has found: whether all bits are the same, and the largest difference.
+
+    largest: |a - b| / (1 + |b|), the greatest of all.
+    """
+
+    bitwise: bool
+    largest: float
+
+
+def check_file(kind: str, path: Path, cases: Sequence[Case], tolerance: float) -> Checked:
+    """Run a file on some inputs in a process of its own.
+
+    Raises: EditError when it cannot be loaded, or returns something else.
+    """
+    with tempfile.TemporaryDirectory(prefix="fxsight-check-") as folder:
+        for number, case in enumerate(cases):
+            outputs = [tensor.detach() for tensor in case.outputs]
+            torch.save({"inputs": dict(case.inputs), "outputs": outputs}, Path(folder) / f"{number}.pt")
+        command = [sys.executable, "-c", _SCRIPT, kind, str(path.resolve()), folder, str(len(cases))]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=_environment())
+    if done.returncode:
+        raise EditError(f"{path} was written and cannot be run in a fresh process:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    largest = max(case["largest"] for case in found)
+    if not all(case["shapes"] for case in found) or largest > tolerance:
+        raise EditError(
+            f"{path} was written and does not compute what the edited model computes: the largest difference is "
+            f"{largest:.3g} and may be {tolerance:.3g}"
+        )
+    return Checked(all(case["bitwise"] for case in found), largest)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the number of threads we have: it decides how sums are rounded."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
