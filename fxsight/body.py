@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fxsight import _torch
+from fxsight.backward import Gradients, about_gradients
 from fxsight.containers import savable
 from fxsight.errors import InputError, TextError, TraceError
 from fxsight.mutate import SELF, ViewStep, mutate
@@ -32,7 +33,6 @@ QUIET = "quiet"  # in the meta of nodes that are not statements of the user's: r
 Demand = Callable[[Sequence[fx.Node]], list[torch.Tensor]]
 
 _ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
-GRADIENTS = frozenset(["backward", "requires_grad_", "retain_grad", "register_hook"])
 
 
 class _Result:
@@ -86,6 +86,7 @@ class Body:
         self._clock = itertools.count(1)
         self.journal: list[tuple[Cell, dict[str, Any]]] | None = None  # of a branch not taken: how cells were
         self._rules = rules
+        self.gradients = Gradients(owner, self)
 
     @cached_property
     def mode(self) -> Any:
@@ -109,16 +110,15 @@ class Body:
         Raises: what torch raises on these shapes; TraceError for calls that cannot be part of a program.
         """
         name = getattr(func, "__name__", "")
+        asked = about_gradients(func, name)
+        if asked:
+            return self.gradients.call(asked, args, kwargs)
         if name == "__get__":
             return self._attribute(func, args)
-        if name == "__set__" or name in GRADIENTS:
-            raise TraceError(
-                f"{_attribute_name(func)} of a traced value: gradients inside a trace are not supported yet"
-            )
+        if name == "__set__":
+            raise TraceError(f"{_attribute_name(func)} of a traced value cannot be assigned")
         if name.startswith("_foreach"):
             raise TraceError(f"{name} changes several tensors in place; write one call for each")
-        if func is torch.autograd.grad:
-            raise TraceError("torch.autograd.grad of a traced value: gradients inside a trace are not supported yet")
         if name == "__array_wrap__":  # what numpy has made of a value
             return self._with_numbers(func, args, kwargs)
         if name in NUMBERS:
@@ -141,7 +141,7 @@ class Body:
     def numbers(self, arguments: Any) -> Any:
         """The arguments with real tensors for values: computed now."""
         for value in values_in(arguments):
-            if not self._is_own(value):
+            if not self.is_own(value):
                 value.cell.recorder.force()
         values = list(values_in(arguments))
         nodes = [self.node_of(v) for v in values]
@@ -155,8 +155,8 @@ class Body:
             return self.operation(getattr, (args[0], name), {})
         if name == "data":
             return self.operation(torch.Tensor.detach, args, {})
-        if name == "grad":
-            raise TraceError(".grad of a traced value: gradients inside a trace are not supported yet")
+        if name == "requires_grad" and self.gradients.requires(args[0]):
+            return True
         if name == "shape":
             self._look(args)
         self.seen.add(args[0].cell.node)
@@ -167,7 +167,7 @@ class Body:
 
     def _look(self, args: Any, dims: tuple[int, ...] | None = None) -> None:
         """A body that looks at a free size holds for that size alone.  dims: looked at; None for all."""
-        for value in filter(self._is_own, values_in(args)):
+        for value in filter(self.is_own, values_in(args)):
             shape = value.cell.spec.numbers
             asked = (
                 range(len(shape)) if dims is None else [d % len(shape) for d in dims if -len(shape) <= d < len(shape)]
@@ -248,7 +248,7 @@ class Body:
                 member = self.graph.call_function(operator.getitem, (member, key))
                 member.meta.update(spec=spec, origin=node.meta["origin"])
             cell = self._fresh_cell(spec, member, _Result(made[0]))
-            if viewed is not None and self._is_own(leaves[viewed]):
+            if viewed is not None and self.is_own(leaves[viewed]):
                 cell.base, cell.seen = leaves[viewed].cell, leaves[viewed].cell.root.version
                 cell.step = self._step(leaves, viewed, path, made)
             wrapped.append(self._owner.value(cell))
@@ -265,7 +265,7 @@ class Body:
         """Write an in-place call down as a new value of the base of what it changes."""
         assert rule.changed is not None
         changed = leaves[rule.changed]
-        cell = changed.cell if self._is_own(changed) else self._update_cell(changed)
+        cell = changed.cell if self.is_own(changed) else self._update_cell(changed)
         args, kwargs = tree.build([SELF if x is changed else self._argument(x) for x in leaves])
         root = cell.root
         views: list[ViewStep] = []
@@ -328,7 +328,7 @@ class Body:
 
     def _argument(self, leaf: Any) -> Any:
         """A leaf of the arguments as it stands in the graph."""
-        if self._is_own(leaf):
+        if self.is_own(leaf):
             return self.current(leaf.cell)
         if isinstance(leaf, torch.Tensor):
             return self.updates.get(self._number(leaf), self._given_tensor(leaf))
@@ -353,13 +353,13 @@ class Body:
             return TensorSpec(leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), str(leaf.device))
         return leaf
 
-    def _is_own(self, leaf: Any) -> bool:
+    def is_own(self, leaf: Any) -> bool:
         """Whether it is a value of this body; one of an earlier block of the session is like a tensor of the user's."""
         return isinstance(leaf, Value) and leaf.cell.recorder is self._owner
 
     def _fake_of(self, leaf: Any) -> Any:
         if isinstance(leaf, Value):
-            return leaf.cell.fake if self._is_own(leaf) else self.fake(leaf.cell.spec)
+            return leaf.cell.fake if self.is_own(leaf) else self.fake(leaf.cell.spec)
         return _torch.fake_of(self.mode, leaf.detach()) if isinstance(leaf, torch.Tensor) else leaf
 
     def _given_tensor(self, tensor: torch.Tensor) -> fx.Node:

@@ -28,13 +28,13 @@ from fxsight.intervention import Intervention
 from fxsight.lower import Tier
 from fxsight.passes.open_fused import open_above
 from fxsight.passes.use_known import UseKnown
-from fxsight.pipeline import demand_pipeline, pipeline_for
+from fxsight.pipeline import demand_pipeline, joint_for, pipeline_for
 from fxsight.place import Places
 from fxsight.program import Program
 from fxsight.progress import Progress
 from fxsight.rename import Aliases
 from fxsight.run import Executable, Weights
-from fxsight.sizes import bind_sizes
+from fxsight.sizes import bind_sizes, holds
 from fxsight.source import SourceReader
 from fxsight.state import settings
 from fxsight.store import Store
@@ -52,11 +52,11 @@ class Found:
     program: Program
     sizes: dict[str, int]
     watch: Watch
-    roots: dict[tuple[str, Tier], Step] = field(default_factory=dict[tuple[str, Tier], Step])
+    roots: dict[Any, Step] = field(default_factory=dict[Any, Step])
 
-    def root(self, line: str, tier: Tier) -> Step:
-        """Where a body begins that begins at a line and runs in a tier."""
-        return self.roots.setdefault((line, tier), Step())
+    def root(self, line: str, tier: Tier, differentiates: bool) -> Step:
+        """Where a body begins that begins at a line and runs in a tier, with gradients enabled or not."""
+        return self.roots.setdefault((line, tier, differentiates), Step())
 
 
 @dataclass
@@ -209,18 +209,24 @@ class Captures:
         asked: Intervention,
         constants: Sequence[torch.Tensor],
         tier: Tier,
+        sizes: Mapping[str, int],
         known: UseKnown | None = None,
     ) -> Executable:
         """The finished program of an intervention: woven, run through the pipeline and lowered once.
 
-        Raises: CausalityError.
+        sizes: of the inputs. One that has gradients is made again for sizes that it does not hold for.
+
+        Raises: CausalityError; with gradients TraceError and RuntimeError.
         """
-        if known is not None:  # values of this very trace: nothing to keep
+        joint = joint_for(asked, sizes)
+        if known is not None and joint is None:  # values of this very trace: nothing to keep
             return self._executable(pipeline_for(asked, known)(program), asked, constants, tier)
-        key = (id(program), asked.key, tier)
+        key = (id(program), asked.key, tier, 0)
+        while key in self._executables and joint is not None and not holds(self._executables[key].program, sizes):
+            key = (*key[:3], key[3] + 1)
         found = self._executables.get(key)
         if found is None:
-            found = self._executable(pipeline_for(asked)(program), asked, constants, tier)
+            found = self._executable(pipeline_for(asked, joint=joint)(program), asked, constants, tier)
             self._executables[key] = found
             if len(self._executables) > KEPT:
                 self._executables.popitem(last=False)
@@ -230,7 +236,8 @@ class Captures:
     def _executable(
         self, finished: Program, asked: Intervention, constants: Sequence[torch.Tensor], tier: Tier
     ) -> Executable:
-        return Executable(finished, self.module, constants, tier, dict(asked.sizes), self.artifacts, self.lock)
+        fixed, is_joint = dict(asked.sizes), bool(asked.backwards)
+        return Executable(finished, self.module, constants, tier, fixed, self.artifacts, self.lock, is_joint)
 
     def opened(self, program: Program, address: Address) -> Program:
         """The program with what is fused above the address opened; remembered.
@@ -250,10 +257,16 @@ class Captures:
         return found
 
     def demanded(
-        self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], known: UseKnown | None
+        self,
+        program: Program,
+        asked: Intervention,
+        constants: Sequence[torch.Tensor],
+        sizes: Mapping[str, int],
+        known: UseKnown | None,
     ) -> Executable:
         """The program of an intervention that needs numbers at once; in-place calls still written as values."""
-        return self._executable(demand_pipeline(asked, known)(program), asked, constants, "eager")
+        finished = demand_pipeline(asked, known, joint_for(asked, sizes))(program)
+        return self._executable(finished, asked, constants, "eager")
 
     def weight(self, name: str) -> torch.Tensor:
         """A parameter or buffer of the module by name."""

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
-from fxsight.body import GRADIENTS
+from fxsight.backward import STATEMENTS
 from fxsight.edit import Edit
 from fxsight.errors import AddressError, EditFileError, TextError
 from fxsight.intervention import Intervention, Read, Write
@@ -36,7 +36,7 @@ Data = dict[str, Any]
 # What reaches beyond the tensors that are given: memory, files, objects; and what an edit cannot do.
 _REFUSED = (
     NUMBERS
-    | GRADIENTS
+    | STATEMENTS
     | {
         *("from_file", "set_", "resize_", "resize_as_", "data_ptr", "storage", "untyped_storage", "share_memory_"),
         *("map_", "map2_", "apply_", "tofile", "__iter__", "as_subclass", "is_shared", "pin_memory", "record_stream"),

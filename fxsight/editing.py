@@ -82,6 +82,8 @@ class EditTrace(Tracer):
         asked = recorder.intervention(())
         warn_of_lost_edits(recorder.body, asked)
         warn_of_unused_results(recorder.body, asked)
+        if asked.backwards:
+            raise EditError(f"{self._line}: an edit has no backward pass; ask for gradients in a trace")
         if asked.updates:
             raise EditError(
                 f"{self._line}: an edit cannot change a tensor of yours in place; compute the value from the model's"

@@ -116,6 +116,17 @@ class Editor:
         del self.nodes[node.name]
         self.touched = True
 
+    def restart(self) -> None:
+        """Begin anew, with the placeholders alone; all names of operators are free again."""
+        old, self.graph = self.graph, fx.Graph()
+        for node in old.nodes:
+            if node.op == "placeholder":
+                self.graph.node_copy(node)
+        self.graph.output(())
+        self.output.meta = dict(output_node(old).meta)
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.touched = True
+
     def returns(self, values: Iterable[fx.Node], **changes: Any) -> None:
         """What the program returns from now on; ``changes`` are new fields of the program."""
         self.output.args = (tuple(values),)

@@ -175,4 +175,4 @@ class _Plain(Tracer):
         self.constants = recorder.constants
         asked = recorder.asked([])
         recorder.phase = "done"
-        return self.captures.executable(self.captured, asked, self.constants, self._tier())
+        return self.captures.executable(self.captured, asked, self.constants, self._tier(), self._sizes)

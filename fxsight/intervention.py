@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import fx
 
+from fxsight.gradient import Backward
 from fxsight.node import Fixed
 from fxsight.place import Location
 from fxsight.spec import SizeSpec, TensorSpec
@@ -58,6 +59,9 @@ class Intervention:
 
     updates: constants that the body changed in place, with the node of the new value.
     sizes: names of the sizes that the body looked at: it holds for these alone.
+    backwards: the backward passes, in order.  learned: what requires gradients among what a program is given, as
+    ``str`` of bindings.  shared: of those that are one tensor, all but the first, and the first.  marked: values that
+    the body has made require them.
     """
 
     graph: fx.Graph
@@ -68,6 +72,10 @@ class Intervention:
     saves: tuple[Save, ...]
     updates: tuple[tuple[int, str], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
+    backwards: tuple[Backward, ...] = ()
+    learned: tuple[str, ...] = ()
+    shared: tuple[tuple[str, str], ...] = ()
+    marked: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -89,6 +97,10 @@ class Intervention:
         ]
         lines += [f"{w.location.address} {'<<' if w.in_place else '<-'} {w.value}" for w in self.writes]
         lines += [f"constant {number} << {value}" for number, value in self.updates]
+        lines += [str(backward) for backward in self.backwards]
+        lines += [f"learned {', '.join(self.learned)}"] if self.learned else []
+        lines += [f"{one} is {first}" for one, first in self.shared]
+        lines += [f"marked {', '.join(self.marked)}"] if self.marked else []
         lines += [
             f"save {s.tree.to_json()} {[x if isinstance(x, str) else x.value for x in s.leaves]}" for s in self.saves
         ]

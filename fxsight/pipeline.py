@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fxsight.intervention import Intervention
 from fxsight.passes.drop_unused import DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations
+from fxsight.passes.joint_gradient import JointGradient
 from fxsight.passes.skip_overwritten import SkipOverwritten
 from fxsight.passes.use_known import UseKnown
 from fxsight.passes.weave import Weave
 from fxsight.rewrite import Between, Pass, Pipeline, Together
 
 
-def pipeline_for(asked: Intervention, known: UseKnown | None = None, between: Between | None = None) -> Pipeline:
+def pipeline_for(
+    asked: Intervention,
+    known: UseKnown | None = None,
+    joint: JointGradient | None = None,
+    between: Between | None = None,
+) -> Pipeline:
     """The passes that turn a captured program (fused operators already opened) into the one ``asked`` for.
 
-    known: what the body has had computed already.
+    known: what the body has had computed already.  joint: where the body asks for gradients.
     """
     return Pipeline(
         Weave(asked),  # first: addresses are those of the captured program
         *([known] if known is not None else []),  # before anything is dropped that only known values needed
+        *([joint] if joint is not None else []),  # before anything that only gradients need is dropped
         SkipOverwritten(),  # before what it frees is dropped
         DropUnused(),  # after it: what is read and saved is known now
         EraseBoundaries(),  # when nothing asks for addresses any more
@@ -28,9 +37,17 @@ def pipeline_for(asked: Intervention, known: UseKnown | None = None, between: Be
     )
 
 
-def demand_pipeline(asked: Intervention, known: UseKnown | None = None) -> Pipeline:
+def joint_for(asked: Intervention, sizes: Mapping[str, int]) -> JointGradient | None:
+    """The pass that writes the body's backward passes out; None for one without.  sizes: of the inputs."""
+    if not asked.backwards:
+        return None
+    return JointGradient(dict(sizes), tuple(name for name, _ in asked.sizes), dict(asked.shared))
+
+
+def demand_pipeline(asked: Intervention, known: UseKnown | None = None, joint: JointGradient | None = None) -> Pipeline:
     """The same up to where a body's in-place calls are still values: what is computed now can be used again."""
-    return Pipeline(Weave(asked), *([known] if known is not None else []), SkipOverwritten(), DropUnused())
+    before = [step for step in (known, joint) if step is not None]
+    return Pipeline(Weave(asked), *before, SkipOverwritten(), DropUnused())
 
 
 def cell_pass(asked: Intervention) -> Pass:

@@ -17,13 +17,14 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
+from fxsight.backward import Arrival
 from fxsight.body import QUIET, Body, Demand, Update
 from fxsight.containers import thaw
 from fxsight.errors import TraceError, WriteError
 from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
 from fxsight.lost import stale_edit
-from fxsight.node import Fixed, Origin
+from fxsight.node import Binding, Fixed, Origin
 from fxsight.place import Location, Places
 from fxsight.resize import resize
 from fxsight.rows import Rows, overlap
@@ -114,6 +115,7 @@ class Recorder:
         self.on_edit: Callable[[Location, fx.Node], None] = lambda location, node: None
         self.on_row: Callable[[Value, int], None] = lambda value, key: None
         self.force: Callable[[], None] = lambda: None
+        self.given: Callable[[], Sequence[Any]] = tuple  # the leaves of the inputs
         self.alive: list[weakref.ref[Value]] | None = None  # in a session: what later blocks may use
         self.saved: list[Any] = []
         self._states: dict[tuple[str, str, int], State] = {}
@@ -174,7 +176,7 @@ class Recorder:
             return self._whole(location)
         part: Value = self.call(torch.Tensor.narrow, (self._whole(location), dim, self.rows.start, self.rows.count), {})
         part.cell.what = location.address
-        part.cell.node.meta[QUIET] = True
+        part.cell.node.meta[QUIET] = part.cell.is_rows = True
         return part
 
     def _whole(self, location: Location) -> Value:
@@ -321,7 +323,11 @@ class Recorder:
                 continue
             if state.version != version:
                 self.has_warned = True
-                stale_edit(state.location.address, self.line())
+                stale_edit(state.what if isinstance(state, Arrival) else state.location.address, self.line())
+                continue
+            if isinstance(state, Arrival):
+                state.edited(root.node, self.line())
+                root.handles[number] = (state, state.version)
                 continue
             if self.rows is not None and self.row_dim(state.location) is None:
                 raise self._shared(state.location)
@@ -354,8 +360,10 @@ class Recorder:
         saved, updates, mutated = len(self.saved), dict(self.body.updates), len(self.body.mutated)
         before = set(self.body.graph.nodes)
         self._branch, self.body.journal = [], []
+        forget = self.body.gradients.freeze()
 
         def leave() -> None:
+            forget()
             for cell, kept in reversed(self.body.journal or []):
                 vars(cell).update(kept)
             for key, state in self._states.items():
@@ -411,12 +419,18 @@ class Recorder:
         Raises: InputError when a tensor of the user's was changed after the body had used it.
         """
         undress(self._dressed)
+        self.body.gradients.check_answered()
         self.saved = [thaw(value) for value in self.saved]
 
     def asked(self, wanted: Iterable[Value], kept: Sequence[Save] = ()) -> Intervention:
         """The whole intervention: what was saved, some values besides, and what caches keep."""
         extra = [self.save_of([self.body.node_of(value)]) for value in wanted]
         return self.intervention((*(self._save(value) for value in self.saved), *extra, *kept))
+
+    def demanded(self, nodes: Sequence[fx.Node]) -> Intervention:
+        """What is asked for so far, for the values of some nodes: no tensor gets a ``.grad`` yet."""
+        asked = self.intervention((self.save_of(nodes),))
+        return replace(asked, backwards=tuple(replace(one, leaves=()) for one in asked.backwards))
 
     def results(self, wanted: Iterable[Value]) -> list[Value]:
         """The values that the results of ``asked`` belong to, in order."""
@@ -443,7 +457,24 @@ class Recorder:
         looked = tuple((s, self.sizes[s]) for s in sorted(body.looked | body.fitted) if s in self.sizes)
         weights = tuple(body.weight_names.items())
         updates = tuple((number, node.name) for number, node in body.updates.items())
-        return Intervention(body.graph, reads, body.constant_specs(), weights, self.writes(), saves, updates, looked)
+        constants = body.constant_specs()
+        asked = Intervention(body.graph, reads, constants, weights, self.writes(), saves, updates, looked)
+        if body.gradients.is_empty:
+            return asked
+        given = self._given()
+        learned = tuple(name for name, tensor in given.items() if tensor.requires_grad)
+        first = {id(tensor): name for name, tensor in reversed(given.items())}
+        shared = tuple((name, first[id(tensor)]) for name, tensor in given.items() if first[id(tensor)] != name)
+        passes, marked = body.gradients.passes(), body.gradients.marked
+        return replace(asked, backwards=passes, learned=learned, shared=shared, marked=marked)
+
+    def _given(self) -> dict[str, torch.Tensor]:
+        """The tensors that a program of this body is given, by what they are bound to."""
+        weights = [str(b.key) for b in self.program.bindings.values() if b.kind == "weight"]
+        given: list[tuple[Binding, Any]] = [(Binding("input", i), x) for i, x in enumerate(self.given())]
+        given += [(Binding("weight", w), self.lookup(w)) for w in (*weights, *self.body.weight_names.values())]
+        given += [(Binding("constant", i), x) for i, x in enumerate(self.body.constants)]
+        return {str(b): x for b, x in given if isinstance(x, torch.Tensor) and type(x) is not Value}
 
     @property
     def constants(self) -> list[torch.Tensor]:

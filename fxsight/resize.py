@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxsight.gradient import gradient
 from fxsight.mutate import mutate
 from fxsight.rules import Table, rule_for
 from fxsight.spec import TensorSpec
@@ -34,7 +35,7 @@ def resize(
         elif node.target is operator.getitem:
             whole = node.args[0].meta["spec"]
             node.meta["spec"] = whole[node.args[1]] if isinstance(whole, tuple) else node.meta["spec"]
-        elif node.target is mutate:
+        elif node.target in (mutate, gradient):
             node.meta["spec"] = node.args[0].meta["spec"]
         else:
             leaves, tree = flatten((node.args, node.kwargs))

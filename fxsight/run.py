@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxsight.accumulate import apart, fill, without_leaves
 from fxsight.artifacts import Artifacts
 from fxsight.errors import InputError
 from fxsight.lower import Lowering, Tier, keeping
@@ -24,6 +25,7 @@ class Executable:
 
     Prints as its program. ``tier`` says how it runs: "eager" is bitwise the module's own numbers, "inductor" within
     ``lower.TOLERANCE``. lock: held while the weights are looked up; another thread may be capturing the module.
+    is_joint: whether gradients are computed in it: then nothing of its run is kept for others.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Executable:
         fixed: Mapping[str, int],
         artifacts: Artifacts | None = None,
         lock: AbstractContextManager[object] | None = None,
+        is_joint: bool = False,
     ) -> None:
         self.program, self.module = program, module
         self.constants = list(constants)
@@ -47,7 +50,9 @@ class Executable:
         self._weight_places = [i for i, b in bindings if b.kind == "weight"]
         self._inputs = [(i, int(b.key)) for i, b in bindings if b.kind == "input"]
         self._constants = [(i, int(b.key)) for i, b in bindings if b.kind == "constant"]
-        self._lowering = Lowering(program, tier, fixed, artifacts or Artifacts())
+        self._plain, self._filled = without_leaves(program)
+        self._is_joint = is_joint
+        self._lowering = Lowering(self._plain, tier, fixed, artifacts or Artifacts())
 
     def bound(self, constants: Sequence[torch.Tensor], decided: bool) -> Executable:
         """The same program with constants of its own; ``decided``: its body has looked at numbers of one run."""
@@ -119,11 +124,17 @@ class Executable:
     def run(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> Sequence[Any]:
         """The results, for input leaves that are known to fit: tensors of their own, no two the same."""
         arguments = self._arguments(leaves, constants)
-        return _own(self._lowering(arguments), arguments)
+        if not self._is_joint:
+            return _own(self._lowering(arguments), arguments)
+        with apart():
+            results = list(self._lowering(arguments))
+        fill(self._filled, arguments, results)
+        return _own(results, arguments)
 
     def run_keeping(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Every value that is computed, by name of its node; in the eager tier."""
-        return keeping(self.program)(*self._arguments(leaves, constants))
+        with apart() if self._is_joint else nullcontext():
+            return keeping(self._plain)(*self._arguments(leaves, constants))
 
     def _arguments(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> list[Any]:
         arguments = self._places.copy()

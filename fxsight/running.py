@@ -66,6 +66,7 @@ class Running:
         self._batch = Batch([] if given is None else [inputs.prepare(*given)], given is None, inputs)
         self._backend: Backend = backend
         self._known: dict[str, torch.Tensor] = {}
+        self._differentiates = torch.is_grad_enabled()
         self._executable: Executable | None = None
         self._recorder: Recorder | None = None
         self._walk: Walk | None = None
@@ -134,7 +135,9 @@ class Running:
         said = [warn_of_lost_edits(recorder.body, asked), warn_of_unused_results(recorder.body, asked)]
         recorder.has_warned |= any(said)
         known = [*constants, *self._known.values()]
-        shared = self.captures.executable(self._captured, asked, constants, self._tier(), self._use_known())
+        shared = self.captures.executable(
+            self._captured, asked, constants, self._tier(), self._sizes, self._use_known()
+        )
         self._executable = shared.bound(known, bool(self._known))
         self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
         self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]
@@ -182,8 +185,8 @@ class Running:
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
         """The numbers of some nodes, now."""
         recorder, constants = self._written, self._written.constants
-        asked, known = recorder.intervention((recorder.save_of(nodes),)), self._use_known()
-        executable = self.captures.demanded(self._captured, asked, constants, known)
+        asked, known = recorder.demanded(nodes), self._use_known()
+        executable = self.captures.demanded(self._captured, asked, constants, self._sizes, known)
         program = executable.program
         values = executable.run_keeping(self.inputs, [*constants, *self._known.values()])
         results = [values[node.name] for node in program.results[: len(nodes)]]

@@ -44,6 +44,15 @@ def check_guards(program: Program, sizes: Mapping[str, int]) -> None:
             raise InputError(f"this program holds where {_condition(guard)}, and not for {_numbers(here)}; {AGAIN}")
 
 
+def holds(program: Program, sizes: Mapping[str, int]) -> bool:
+    """Whether the conditions of a program hold."""
+    try:
+        check_guards(program, sizes)
+    except InputError:
+        return False
+    return True
+
+
 def _bind(sizes: dict[str, int], spec: TensorSpec, leaf: Any, what: str) -> None:
     if not isinstance(leaf, torch.Tensor) or leaf.dtype != spec.dtype or leaf.ndim != len(spec.shape):
         raise InputError(f"{what} is {given_text(leaf)}, and this program takes {spec}; {AGAIN}")

@@ -47,6 +47,7 @@ from fxsight.walk import Walk
 Body = Callable[..., Any]
 MODES = ("exact", "fast")
 _NUMBERS = "its body asks for numbers"
+_GRADIENTS = "they compute gradients"
 _EFFECTS = "random numbers are drawn, or the model changes its own buffers"
 
 
@@ -137,7 +138,7 @@ class SweepCell(Tracer):
     def program_alone(self) -> Executable:
         """The finished program of this cell as a trace would run it."""
         constants = self.constants
-        return self.captures.executable(self.captured, self.asked, constants, "eager", self._use_known())
+        return self.captures.executable(self.captured, self.asked, constants, "eager", self._sizes, self._use_known())
 
     def run_alone(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """The results, computed as a trace does."""
@@ -302,6 +303,7 @@ def _same_returns(cells: Sequence[SweepCell]) -> Returned:
 def _alike(captures: Captures, cells: Sequence[SweepCell], mode: str) -> tuple[list[Alike], dict[int, str]]:
     """Groups of cells with one program, and the cells that run alone, with the reason."""
     alone = {number: _NUMBERS for number, cell in enumerate(cells) if cell.has_numbers}
+    alone |= {number: _GRADIENTS for number, cell in enumerate(cells) if cell.asked.backwards}
     kinds: dict[tuple[int, str], list[int]] = {}
     for number, cell in enumerate(cells):
         if number not in alone:

@@ -13,6 +13,7 @@ from torch import fx
 
 from fxsight.errors import TextError
 from fxsight.functions import ATTRIBUTES, find_function, function_name
+from fxsight.gradient import FUNCTIONS
 from fxsight.mutate import mutate
 
 Target = Callable[..., Any]
@@ -23,7 +24,10 @@ def target_name(target: Any) -> str:
 
     Raises: TextError for a function that a program may not contain.
     """
-    return "mutate" if target is mutate else function_name(target)
+    if target is mutate:
+        return "mutate"
+    name = str(getattr(target, "__name__", ""))
+    return name if FUNCTIONS.get(name) is target else function_name(target)
 
 
 def find_target(name: str) -> Target:
@@ -31,7 +35,7 @@ def find_target(name: str) -> Target:
 
     Raises: TextError when there is none, or when a program may not call it.
     """
-    return mutate if name == "mutate" else find_function(name)
+    return mutate if name == "mutate" else FUNCTIONS.get(name) or find_function(name)
 
 
 def check_call(target: Any, args: Any) -> None:

@@ -112,7 +112,7 @@ class Tracer(Running):
         found = self.captures.quick(*self._batch.joined)
         self._captured = self._base = found.program
         self._sizes = found.sizes
-        self._walk = Walk(self, found.root(user_line(), self._tier()), found.watch.names)
+        self._walk = Walk(self, found.root(user_line(), self._tier(), torch.is_grad_enabled()), found.watch.names)
         if here().session is not None or self._batch.grows:
             self._walk.leave()
         for edit in self.edits:
@@ -137,6 +137,7 @@ class Tracer(Running):
             self._places, self._sizes, captures.weight_names, self._demand, captures.weight
         )
         recorder.on_edit = partial(check_edit, recorder)
+        recorder.body.gradients.enabled, recorder.given = self._differentiates, lambda: self.inputs
         recorder.on_row = partial(warn_of_row, self._captured, captures.module, captures.told)
         session = here().session
         if session is not None:

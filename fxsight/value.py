@@ -144,6 +144,7 @@ class Cell:
     version: int = 0
     seen: int = 0
     handles: list[Any] = field(default_factory=list[Any])
+    is_rows: bool = False  # the rows of an invoke, of a value that the model has for the whole batch
     known_fake: torch.Tensor | None = None  # in memory of its own: what shares memory is said by ``base``
 
     @property

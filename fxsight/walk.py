@@ -19,7 +19,8 @@ from typing import Any, Protocol, cast
 import torch
 
 from fxsight import _torch
-from fxsight.body import GRADIENTS, check_unchanged
+from fxsight.backward import STATEMENTS, about_gradients
+from fxsight.body import check_unchanged
 from fxsight.edit import Edit
 from fxsight.lines import user_line
 from fxsight.record import Dressed, undress
@@ -124,7 +125,7 @@ _PLAIN = frozenset(
         bytes,
     ]
 )
-_LEAVING = NUMBERS | GRADIENTS | {"__set__", "nonzero", "argwhere", "masked_select", "unique"}
+_LEAVING = NUMBERS | STATEMENTS | {"__set__", "nonzero", "argwhere", "masked_select", "unique"}
 
 
 class Walk:
@@ -183,7 +184,8 @@ class Walk:
         if self._busy:
             return self._do("call", (func, args, kwargs))
         try:
-            if getattr(func, "__name__", "") in _LEAVING:
+            name = getattr(func, "__name__", "")
+            if name in _LEAVING or about_gradients(func, name):
                 raise Unknown
             named = tuple((name, self._key(value)) for name, value in kwargs.items()) if kwargs else ()
             key = ("call", func, self._key(args), named)

@@ -7,6 +7,7 @@ from fxsight.passes.cancel_stack import CancelStack as CancelStack
 from fxsight.passes.drop_unused import DropUnused as DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries as EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations as ExpandMutations
+from fxsight.passes.joint_gradient import JointGradient as JointGradient
 from fxsight.passes.narrow_reads import NarrowReads as NarrowReads
 from fxsight.passes.open_fused import OpenFused as OpenFused
 from fxsight.passes.skip_overwritten import SkipOverwritten as SkipOverwritten
@@ -19,6 +20,7 @@ PASSES: tuple[type[Pass], ...] = (
     Weave,
     CancelStack,
     UseKnown,
+    JointGradient,
     SkipOverwritten,
     DropUnused,
     EraseBoundaries,

@@ -19,6 +19,7 @@ from torch import fx
 from fxsight.editor import Editor
 from fxsight.effects import Cycle, mutated_storages, order, storages
 from fxsight.errors import CausalityError
+from fxsight.gradient import backward, gradient
 from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.node import Binding, Fixed, Origin, binding_of, origin_of
 from fxsight.passes.cancel_stack import cancel_stacks
@@ -61,6 +62,7 @@ class Weave(Pass):
         _Loom(editor, asked, body).weave()
         tree, leaves, nodes = _results(asked.saves, body)
         nodes += [body[value] for _, value in asked.updates]
+        nodes += _backwards(editor, asked, body)
         editor.returns(nodes, outputs=tree, output_leaves=leaves)
         _settle_reads(editor, body, asked.reads)
         cancel_stacks(editor)
@@ -87,6 +89,23 @@ def _inline(editor: Editor, asked: Intervention) -> dict[str, fx.Node]:
     return made
 
 
+def _backwards(editor: Editor, asked: Intervention, body: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """A node for each backward pass; gradients come after the losses they are of."""
+    for node in body.values():
+        if node.target is gradient and 0 <= int(node.args[1]) < len(asked.backwards):  # type: ignore[arg-type]
+            node.args = (*node.args[:2], *(body[loss] for loss in asked.backwards[int(node.args[1])].losses))  # type: ignore[arg-type]
+    learned = tuple(n for n in editor.graph.nodes if n.op == "placeholder" and str(binding_of(n)) in asked.learned)
+    marked = tuple(body[name] for name in asked.marked)
+    made: list[fx.Node] = []
+    for number, one in enumerate(asked.backwards):
+        losses, seeds = tuple(body[x] for x in one.losses), tuple(body[x] if x else None for x in one.seeds)
+        edits = tuple((body[arrives], body[new]) for arrives, new in one.edits)
+        leaves = None if one.leaves is None else tuple(body[x] for x in one.leaves)
+        args = (number, losses, seeds, edits, leaves, (one.retain, one.create, one.unused), learned, marked)
+        made.append(editor.call(backward, args, spec=None, name="backward", origin=Origin(user=one.line)))
+    return made
+
+
 def _own(spec: Any, name: str) -> Any:
     """A body's value counts as memory of its own: nothing changes it in place."""
     if isinstance(spec, tuple):
@@ -109,6 +128,9 @@ def _results(
 def _settle_reads(editor: Editor, body: Mapping[str, fx.Node], reads: tuple[Read, ...]) -> None:
     """Each read's placeholder has been given its value in ``meta``; use that and drop the placeholder."""
     values = {body[read.name]: body[read.name].meta["value"] for read in reads}
+    for read in reads:  # a gradient is of what the model has, not of a copy of it
+        live = body[read.name].meta["live"]
+        editor.replace(body[read.name], live, [n for n in body[read.name].users if n.target is gradient])
 
     def settled(node: fx.Node) -> fx.Node:
         while node in values:
@@ -155,7 +177,7 @@ class _Loom:
         for write, here in sorted(writes, key=lambda pair: (pair[0].location.since, not pair[0].in_place)):
             (self._in_place if write.in_place else self._assign)(write, here)
         for site in reads:
-            site.user.meta["value"] = self._snapshot(site)
+            site.user.meta.update(value=self._snapshot(site), live=site.value)
         self._redirect({site for _, site in writes} | set(reads))
 
     # -- sites -------------------------------------------------------------------------------------------------------
@@ -273,6 +295,8 @@ def _check_order(editor: Editor, asked: Intervention) -> None:
 
 def _causality_error(asked: Intervention, stuck: set[str]) -> CausalityError:
     """The error for a body whose values need each other: which write, and through which reads."""
+    if not asked.writes:
+        return CausalityError(f"{asked.backwards[-1].line}: the loss depends on its own gradients")
     write = next((w for w in reversed(asked.writes) if w.value in stuck), asked.writes[-1])
     needed, nodes = {write.value}, list(asked.graph.nodes)
     for node in reversed(nodes):

@@ -681,24 +681,6 @@ def test_a_program_that_has_looked_at_a_size() -> None:
 
 # ------------------------------------------------------------------------------------------------------- gradients
 
-GRADIENTS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "backward": (lambda v: v.sum().backward(), "backward"),  # here
-    "requires_grad_": (lambda v: v.requires_grad_(True), "requires_grad_"),  # here
-    "requires_grad": (lambda v: setattr(v, "requires_grad", True), "requires_grad"),  # here
-    "register_hook": (lambda v: v.register_hook(print), "register_hook"),  # here
-}
-
-
-@pytest.mark.parametrize("use", GRADIENTS)
-def test_gradients_inside_a_trace(use: str) -> None:
-    function, name = GRADIENTS[use]
-
-    def body() -> None:
-        with _model().trace(_x()):
-            function(_model().layers[0].output)
-
-    _misuse(body, TraceError, f"{name} of a traced value: gradients inside a trace are not supported yet")
-
 
 def test_transforms_of_functions() -> None:
     def body() -> None:
@@ -715,22 +697,6 @@ def test_transforms_of_functions() -> None:
         rows = fxsight.apply(torch.vmap(torch.neg), model.layers[0].output).save()
         plain = model.layers[0].output.save()
     assert torch.equal(rows, -plain)
-
-
-def test_the_gradient_of_a_value() -> None:
-    def body() -> None:
-        with _model().trace(_x()):
-            _model().layers[0].output.grad  # here
-
-    _misuse(body, TraceError, ".grad of a traced value: gradients inside a trace are not supported yet")
-
-
-def test_autograd_inside_a_trace() -> None:
-    def body() -> None:
-        with _model().trace(_x()):
-            torch.autograd.grad(_model().layers[1].output.sum(), _model().layers[0].output)  # here
-
-    _misuse(body, TraceError, "torch.autograd.grad of a traced value: gradients inside a trace are not supported yet")
 
 
 # ------------------------------------------------------------------------------------------- the model is unharmed

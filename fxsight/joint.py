@@ -1,0 +1,335 @@
+"""A program with its backward passes, run once on shapes and written down: forward, losses and gradients as one graph.
+
+The operators run as they would in PyTorch: with gradients enabled, the tensors of the user's hooks where a gradient is
+edited, and ``torch.autograd.grad`` from each loss. So the kernels, and the order in which gradients are added up, are
+autograd's own. What is written down is what reaches ATen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+from functorch import make_fx  # type: ignore[import-untyped]
+from torch import fx
+from torch.autograd.graph import get_gradient_edge
+
+from fxsight import _torch
+from fxsight.decompose import with_values
+from fxsight.effects import mutated_storages, storages
+from fxsight.errors import CausalityError, TraceError
+from fxsight.example_sizes import size_number
+from fxsight.gradient import backward, gradient
+from fxsight.marks import Marks
+from fxsight.node import binding_of, origin_of
+from fxsight.spec import TensorSpec, symbol
+from fxsight.targets import check_call
+
+_alias = torch.ops.aten.alias.default
+
+
+@dataclass(eq=False)
+class Pass:
+    """One backward pass of a woven program.
+
+    arrivals: by value, the nodes of its gradients: those of later places first, where the gradient comes first.
+    edits: by such a node, the gradient that goes on.
+    """
+
+    number: int
+    node: fx.Node
+    losses: tuple[fx.Node, ...]
+    seeds: tuple[fx.Node | None, ...]
+    leaves: tuple[fx.Node, ...]
+    retain: bool
+    create: bool
+    zeros: bool
+    edits: dict[fx.Node, fx.Node]
+    arrivals: dict[fx.Node, list[fx.Node]] = field(default_factory=dict[fx.Node, list[fx.Node]])
+
+
+def passes_of(nodes: Sequence[fx.Node], tensor: Callable[[fx.Node], fx.Node]) -> list[Pass]:
+    """The passes of a woven program, in order.  tensor: the node that first is the tensor that a node is."""
+    found: list[Pass] = []
+    for node in nodes:
+        if node.target is backward:
+            given: tuple[Any, ...] = node.args
+            number, losses, seeds, edits, leaves, (retain, create, unused), learned, _ = given
+            firsts = tuple(dict.fromkeys(map(tensor, learned if leaves is None else leaves)))
+            found.append(Pass(number, node, losses, seeds, firsts, retain, create, unused == "zeros", dict(edits)))
+    found.sort(key=lambda one: one.number)
+    order = {node: number for number, node in enumerate(nodes)}
+    places: list[Any] = [n for n in nodes if n.target is gradient]
+    for place in sorted(places, key=lambda n: -order[n.args[0]]):
+        found[place.args[1]].arrivals.setdefault(tensor(place.args[0]), []).append(place)
+    return found
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What has been written down.
+
+    graph: of placeholders, one for each of the program, and operators.  results: of the program, its backward passes
+    left out.  leaves: per pass, placeholders and their gradients.  origins: the node of the program that each operator
+    comes from, and whether it belongs to a backward pass.  names: the program's sizes by those in the graph.
+    conditions: what has been assumed of sizes.
+    """
+
+    graph: fx.Graph
+    results: tuple[Any, ...]
+    leaves: tuple[tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]], ...]
+    origins: Mapping[fx.Node, tuple[fx.Node, bool]]
+    names: Mapping[Any, sympy.Symbol]
+    conditions: tuple[Any, ...]
+    constants: Mapping[str, torch.Tensor]
+
+
+class Shapes:
+    """Values without numbers for a program's placeholders; sizes are symbols, but those that are 0, 1 or fixed."""
+
+    def __init__(self, sizes: Mapping[str, int], fixed: Sequence[str]) -> None:
+        self.mode = _torch.symbolic_mode()
+        free = {name: n for name, n in sizes.items() if n > 1 and name not in fixed}
+        made = _torch.symbolic_sizes(self.mode, free)
+        self._inner: dict[Any, Any] = {symbol(name): _torch.size_expr(size) for name, size in made.items()}
+        self.names: dict[Any, sympy.Symbol] = {inner: name for name, inner in self._inner.items()}
+        self._static = {name: n for name, n in sizes.items() if name not in free}
+        self._fixed, self._free = fixed, free
+        self._numbers = {symbol(name): n for name, n in sizes.items()}
+
+    def value(self, spec: Any) -> Any:
+        """A tensor or number of some spec."""
+        if not isinstance(spec, TensorSpec):
+            return self._size(spec.expr)
+        shape, stride = [self._size(d) for d in spec.shape], [self._size(d) for d in spec.stride]
+        with self.mode:
+            return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
+
+    def conditions(self) -> tuple[Any, ...]:
+        """What has been assumed of the sizes."""
+        env: Any = self.mode.shape_env
+        assumed = [guard.expr.xreplace(self.names) for guard in env.guards]
+        static = [sympy.Eq(symbol(s), n) for s, n in self._static.items() if s not in self._fixed]
+        found = [*(sympy.Ge(symbol(s), 2) for s in self._free), *static, *assumed]
+        return tuple(e for e in dict.fromkeys(found) if e not in (sympy.true, True))
+
+    def _size(self, dim: Any) -> Any:
+        if isinstance(dim, int):
+            return dim
+        expr = dim.xreplace({symbol(s): sympy.Integer(n) for s, n in self._static.items()}).xreplace(self._inner)
+        if not expr.free_symbols:
+            return int(expr)
+        return _torch.symbolic_number(self.mode, expr, size_number(dim, self._numbers))
+
+
+def trace_joint(graph: fx.Graph, sizes: Mapping[str, int], fixed: Sequence[str], shared: Mapping[str, str]) -> Joint:
+    """Run a woven program with its backward passes on shapes.
+
+    sizes: an example of each free size.  fixed: those that it holds for alone.  shared: of bindings (``str``) to one
+    tensor, the first of them.
+
+    Raises: CausalityError, TraceError for gradients that cannot be; RuntimeError as autograd does.
+    """
+    shapes = Shapes(sizes, fixed)
+    run = _Run(graph, shared)
+    values = [shapes.value(n.meta["spec"]) for n in run.places]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_torch.honest_sizes())
+        traced = make_fx(run, tracing_mode="symbolic")(*values)
+    return run.joint(traced, shapes)
+
+
+class _Run:
+    """One run: called with the placeholders' values while it is traced."""
+
+    def __init__(self, graph: fx.Graph, shared: Mapping[str, str]) -> None:
+        self.nodes = list(graph.nodes)
+        self.places = [n for n in self.nodes if n.op == "placeholder"]
+        bound = {str(binding_of(n)): n for n in self.places}
+        pairs = ((bound.get(name), bound.get(first)) for name, first in shared.items())
+        self.shared = {one: first for one, first in pairs if one is not None and first is not None}
+        self.passes = passes_of(self.nodes, self._tensor)
+        told: list[Any] = [one.node.args for one in self.passes]
+        self.learned = {self._tensor(n) for args in told for n in args[6]}
+        self.marked = {self._tensor(n) for args in told for n in args[7]}
+        self.wanted = {v for one in self.passes for v in one.arrivals} | self.marked
+        returned: Any = self.nodes[-1].args[0]
+        self.results: list[fx.Node] = [n for n in returned if n.target is not backward]
+        self.changed = mutated_storages(self.nodes)
+        self.env: dict[fx.Node, Any] = {}
+        self.edges: dict[fx.Node, Any] = {}
+        self.leaves: list[tuple[fx.Node, ...]] = []  # per pass, those that get a gradient
+        self.now = -1
+        self._marks = Marks()
+
+    def __call__(self, *values: Any) -> list[Any]:
+        given = sorted(zip(self.places, values, strict=True), key=lambda pair: pair[0] in self.shared)
+        for place, value in given:
+            self.env[place] = self._given(place, value)
+        levels = self._levels()
+        found: list[Any] = []
+        for level in range(len(self.passes) + 1):
+            for node in self.nodes:
+                if levels.get(node) == level:
+                    self.value(node)
+            if level < len(self.passes):
+                found.append(self._backward(self.passes[level]))
+        self._marks.switch(None)
+        return [[self.env[n] for n in self.results], found]
+
+    def _tensor(self, node: fx.Node) -> fx.Node:
+        """The node that first is the tensor that a node is: module borders are no tensors of their own."""
+        while node.target is _alias:
+            node = node.all_input_nodes[0]
+        found: fx.Node = self.shared.get(node, node)
+        return found
+
+    def _levels(self) -> dict[fx.Node, int]:
+        """After how many passes each operator can run."""
+        levels: dict[fx.Node, int] = {}
+
+        def after(node: Any) -> int:
+            return int(node.args[1]) + 1 if node.target is gradient else levels.get(node, 0)
+
+        for node in self.nodes:
+            if node.op == "call_function" and node.target not in (gradient, backward):
+                levels[node] = max(map(after, node.all_input_nodes), default=0)
+        late = [n for n, level in levels.items() if level and storages(n) & self.changed]
+        if late:
+            raise TraceError(
+                f"{late[0].name} uses a gradient and memory that the model changes in place; this is not "
+                "supported: use two traces"
+            )
+        return levels
+
+    def _given(self, place: fx.Node, value: Any) -> Any:
+        first = self.shared.get(place, place)
+        if first is not place:
+            return self.env[first]
+        if place in self.learned or place in self.wanted:
+            value = value.detach().requires_grad_()
+            self._keep(place, value)
+        return value
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of a node; computed once."""
+        if node in self.env:
+            return self.env[node]
+        if node.target is gradient:
+            raise CausalityError(
+                f"{origin_of(node).user}: this gradient arrives later than one that is edited with it: the backward "
+                "pass goes from the loss to the input"
+            )
+        given = {a: self.value(a) for a in node.all_input_nodes}
+        if node.target is _alias:
+            result = self.env[node] = given[node.all_input_nodes[0]]
+            return result
+        before = self._marks.switch((node, False))
+        args, kwargs = with_values((node.args, node.kwargs), given)
+        check_call(node.target, node.args)
+        target: Any = node.target
+        result = target(*args, **kwargs)
+        if node in self.wanted:
+            result = self._wanted(node, result)
+        self.env[node] = result
+        self._marks.own(node, result)
+        self._marks.switch(before)
+        return result
+
+    def _wanted(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
+        """A value whose gradient is asked for: it requires one."""
+        if not value.requires_grad:
+            is_changed = bool(storages(node) & self.changed)
+            value = value.detach().requires_grad_()
+            if is_changed:  # nothing may change a leaf in place
+                value = value.clone()
+        self._keep(node, value)
+        return value
+
+    def _keep(self, node: fx.Node, value: torch.Tensor) -> None:
+        self.edges[node] = value if value.is_leaf else get_gradient_edge(value)
+        if node in self.wanted:
+            value.register_hook(partial(self._arrive, node))  # type: ignore[no-untyped-call]
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def _arrive(self, node: fx.Node, arrived: torch.Tensor) -> torch.Tensor | None:
+        """A gradient arrives at a value: note it, and let another go on where the body says so."""
+        one, new = self.passes[self.now], arrived
+        for place in one.arrivals.get(node, ()):
+            self.env[place] = new
+            if place in one.edits:
+                new = self.value(one.edits[place])
+        return None if new is arrived else new
+
+    def _backward(self, one: Pass) -> list[Any]:
+        self.now = one.number
+        losses = [self.value(n) for n in one.losses]
+        seeds = [None if n is None else self.value(n) for n in one.seeds]
+        wanted = list(dict.fromkeys([*one.arrivals, *one.leaves])) or list(self.edges)
+        self._check(one, losses)
+        self._marks.switch((one.node, True))
+        found = torch.autograd.grad(
+            losses,
+            [self.edges[n] for n in wanted],
+            seeds,
+            retain_graph=one.retain,
+            create_graph=one.create,
+            allow_unused=True,
+        )
+        self._marks.switch((one.node, True))
+        self._answer(one)
+        reached = [(n, g) for n, g in zip(wanted, found, strict=True) if n in one.leaves and g is not None]
+        self.leaves.append(tuple(n for n, _ in reached))
+        return [g for _, g in reached]
+
+    def _check(self, one: Pass, losses: Sequence[Any]) -> None:
+        line = origin_of(one.node).user
+        if not any(loss.requires_grad for loss in losses):
+            for places in one.arrivals.values():
+                raise _no_path(places[0])
+            raise RuntimeError(
+                f"{line}: element 0 of tensors does not require grad and does not have a grad_fn: nothing that the "
+                "loss depends on requires a gradient, and none is asked for"
+            )
+
+    def _answer(self, one: Pass) -> None:
+        for node, places in one.arrivals.items():
+            for place in places:
+                if place not in self.env:
+                    if not one.zeros:
+                        raise _no_path(place)
+                    self.env[place] = torch.zeros_like(self.env[node])
+
+    def joint(self, traced: fx.GraphModule, shapes: Shapes) -> Joint:
+        """What was written down while it ran."""
+        returned: Any = traced.graph.output_node().args[0]
+        results, gradients = returned
+        pairs = zip(self.leaves, map(tuple, gradients), strict=True)
+        constants = {str(n.target): getattr(traced, str(n.target)) for n in traced.graph.nodes if n.op == "get_attr"}
+        return Joint(
+            traced.graph,
+            tuple(results),
+            tuple(pairs),
+            self._marks.origins,
+            shapes.names,
+            shapes.conditions(),
+            constants,
+        )
+
+
+def _no_path(place: fx.Node) -> TraceError:
+    return TraceError(
+        f"{origin_of(place).user}: this gradient does not exist: the loss does not depend on the value "
+        f"({place.meta['spec']})"
+    )
