@@ -73,13 +73,13 @@ def value_numbers(
             found[node] = numbering.of(given(binding_of(node)))
         elif node.op == "call_function":
             alone = bool(changed and touches(node) & changed) or is_random(node)
-            found[node] = numbering.of((own, node.name) if alone else _formula(node, found))
+            found[node] = numbering.of((own, node.name) if alone else formula(node, found.__getitem__))
     return found
 
 
-def _formula(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Hashable:
+def formula(node: fx.Node, number: Callable[[fx.Node], int]) -> Hashable:
     """The function and its arguments, with value numbers for nodes."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}")
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number(n)}")
     return node.target, argument_text(args), argument_text(kwargs)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxsight import _torch
-from fxsight.clean import clean_program, wanted_clean
+from fxsight.clean import Clean
 from fxsight.cost import Sizes, bytes_of
 from fxsight.extract import extract
 from fxsight.node import Binding
@@ -149,15 +149,15 @@ class _Draft:
         done |= {self.numbers[node] for node in self.pieces.get(frozenset(), ())}
 
     def _clean(self, stride: Stride, number: int, numbering: Numbering, done: set[int]) -> _Draft | None:
-        """What cells need of the run without edits: computed first, and shared with the groups to come."""
-        wanted = wanted_clean(self.alike.program, stride) if stride.partial else []
-        if not wanted:
+        """What cells need of the run without edits, as far as no group before has computed it."""
+        clean = Clean(self.alike.program, stride)
+        numbers = clean.numbers(self.numbers, [step.node for step in (*stride.early, *stride.late)], numbering)
+        self.clean = dict(zip(clean.wanted, numbers, strict=True))
+        if done.issuperset(numbers):
             return None
-        program = clean_program(self.alike.program, stride, wanted)
+        program = clean.made()
         alike = Alike(program, program, (), self.alike.constants[:1], self.alike.sizes)
-        draft = _Draft(alike, -1 - number, numbering, done)
-        self.clean = dict(zip(wanted, draft.results, strict=True))
-        return draft
+        return _Draft(alike, -1 - number, numbering, done)
 
     @property
     def shared(self) -> dict[fx.Node, int]:
@@ -188,6 +188,7 @@ class _Draft:
         """The values that pass between pieces, or are saved."""
         crossing = {self.numbers[a] for piece in self.pieces.values() for a in self.outside(piece)}
         before = self.before.needs if self.before is not None else set[int]()
+        crossing |= set(self.clean.values())
         return crossing | before | set(self.shared.values() if self.alike.stride is not None else self.results)
 
 

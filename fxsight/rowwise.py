@@ -18,7 +18,7 @@ from fxsight import _torch
 from fxsight.along import Along, reshaped
 from fxsight.effects import is_random
 from fxsight.node import is_tensor, tensor_spec
-from fxsight.spec import TensorSpec
+from fxsight.spec import TensorSpec, number
 
 aten = torch.ops.aten
 Lie = Along | tuple[Along, ...]  # of a tensor, or of each member of a tuple
@@ -50,10 +50,14 @@ class Rows:
     def __init__(self, sizes: Mapping[str, int], count: int) -> None:
         self.lies: dict[fx.Node, Lie] = {}
         self.sizes, self.count = sizes, count
+        self._shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def shape(self, node: Any) -> tuple[int, ...]:
         """In numbers."""
-        return tensor_spec(node).at(self.sizes).numbers
+        found = self._shapes.get(node)
+        if found is None:
+            found = self._shapes[node] = tuple(number(d, self.sizes) for d in tensor_spec(node).shape)
+        return found
 
     def of(self, node: Any) -> Along | None:
         """Where rows lie in a tensor; None for what all cells share, and for what is no tensor."""

@@ -76,6 +76,10 @@ class Stride:
         """The model's own operators that go cell by cell."""
         return [s.node for s in (*self.early, *self.late) if s.way is None and not is_body(s.node)]
 
+    def flops_alone(self, sizes: Sizes) -> int:
+        """What these cost."""
+        return cost_of(self.alone, sizes).flops
+
     @property
     def attentions(self) -> list[Step]:
         """Where rows see others."""
@@ -89,8 +93,14 @@ def is_body(node: fx.Node) -> bool:
 
 def best_stride(program: Program, captured: Program, varies: Depends, sizes: Sizes) -> Stride | None:
     """The steps along the size with which the fewest operations go cell by cell; None where there is no such size."""
-    found = [x for size in reversed(program.sizes) if (x := stride(program, captured, varies, sizes, size.name))]
-    return min(found, key=lambda x: cost_of(x.alone, sizes).flops, default=None)
+    best: Stride | None = None
+    for size in reversed(program.sizes):
+        found = stride(program, captured, varies, sizes, size.name)
+        if found is not None and (best is None or found.flops_alone(sizes) < best.flops_alone(sizes)):
+            best = found
+        if best is not None and not best.alone:
+            break
+    return best
 
 
 def stride(program: Program, captured: Program, varies: Depends, sizes: Sizes, axis: str) -> Stride | None:

@@ -18,6 +18,9 @@ COMPILED = "torch.compile"
 NNSIGHT = "nnsight"
 TRACE = "fxsight"
 SWEEP = "fxsight sweep"
+FAST = "fxsight fast sweep"
+PLAN = "fxsight plan"
+FAST_PLAN = "fxsight fast plan"
 PROGRAM = "fxsight program"
 INDUCTOR = "fxsight inductor"
 INDUCTOR_PROGRAM = "fxsight inductor program"
@@ -55,7 +58,7 @@ class Case:
     jobs: Mapping[str, Job]
     remote: str = ""
     reference: str = BARE
-    close: frozenset[str] = frozenset((INDUCTOR, INDUCTOR_PROGRAM, CAREFUL))
+    close: frozenset[str] = frozenset((INDUCTOR, INDUCTOR_PROGRAM, CAREFUL, FAST, FAST_PLAN))
     rounds: int = 15
     calls: int | None = None
 

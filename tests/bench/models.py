@@ -52,6 +52,11 @@ def gpt2() -> nn.Module:
     return _language_model()
 
 
+def small() -> nn.Module:
+    """For sweeps in seconds: four layers of width 256, 1,000 tokens, GPT-2's architecture."""
+    return _language_model(n_layer=4, n_embd=256, n_head=4, vocab_size=1000, bos_token_id=None, eos_token_id=None)
+
+
 def kernel() -> nn.Module:
     """A layer and GELU: the smallest for which Inductor writes a kernel."""
     return _frozen(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()))
@@ -67,6 +72,7 @@ def deep(depth: int) -> nn.Module:
 LANGUAGE: Mapping[str, Callable[[], nn.Module]] = {"toy": toy, "gpt2": gpt2}
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     **LANGUAGE,
+    "small": small,
     "kernel": kernel,
     "deep12": partial(deep, 12),
     "deep48": partial(deep, 48),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.bench import hooks, models
-from tests.bench.case import CAREFUL, HOOKS, SWEEP, TRACE, Bench, Case, Workload
+from tests.bench.case import CAREFUL, FAST, FAST_PLAN, HOOKS, PLAN, SWEEP, TRACE, Bench, Case, Workload
 from tests.bench.grid import Task, stacked
 from tests.bench.report import Table, paired_table
 from tests.bench.timing import Job
@@ -36,7 +36,10 @@ def _cases(quick: bool) -> Iterator[Case]:
         HOOKS: naive(net, task),
         CAREFUL: careful(net, task),
         TRACE: traced(model, task),
-        SWEEP: swept(model, task),
+        SWEEP: swept(model, task, "exact"),
+        FAST: swept(model, task, "fast"),
+        PLAN: planned(net, model, task, "exact"),
+        FAST_PLAN: planned(net, model, task, "fast"),
     }
     title = f"{task.layers} × {task.length} cells"
     yield Case(title, jobs, f"w1 {name}", reference=HOOKS, rounds=1, calls=1)
@@ -115,22 +118,33 @@ def traced(model: Any, task: Task) -> Job:
     return job
 
 
-def swept(model: Any, task: Task) -> Job:
-    """One sweep; every cell with the bits of its trace."""
+def swept(model: Any, task: Task, mode: str) -> Job:
+    """One sweep, with its plan and its clean run."""
     blocks = model.transformer.h
 
     def job() -> list[Tensor]:
         with model.trace(task.clean, backend="eager"):
             kept = [block.input.save() for block in blocks[: task.layers]]
-
-        def patch(layer: int, position: int) -> Any:
-            blocks[layer].input[:, position] = kept[layer][:, position]
-            return task.metric(model.lm_head.output)
-
-        grid = model.sweep(patch, task.corrupted, layer=range(task.layers), position=range(task.length))
-        return [grid.values.flatten(0, 1)]
+        return [_plan(model, task, kept, mode).run().values.flatten(0, 1)]
 
     return job
+
+
+def planned(net: Any, model: Any, task: Task, mode: str) -> Job:
+    """A sweep whose plan is there."""
+    plan = _plan(model, task, clean_inputs(net, task), mode)
+    return lambda: [plan.run().values.flatten(0, 1)]
+
+
+def _plan(model: Any, task: Task, kept: list[Tensor], mode: str) -> Any:
+    blocks = model.transformer.h
+
+    def patch(layer: int, position: int) -> Any:
+        blocks[layer].input[:, position] = kept[layer][:, position]
+        return task.metric(model.lm_head.output)
+
+    axes = {"layer": range(task.layers), "position": range(task.length)}
+    return model.plan(patch, task.corrupted, mode=mode, **axes)
 
 
 WORKLOAD = Workload(

@@ -1,0 +1,205 @@
+"""W2, W3, W21: grids of patches and ablations; one forward a cell with hooks, and one sweep for all."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.bench import hooks, models
+from tests.bench.case import FAST, FAST_PLAN, HOOKS, PLAN, SWEEP, Bench, Case, Workload
+from tests.bench.grid import Task, stacked
+from tests.bench.report import Table, paired_table
+from tests.bench.timing import Job
+
+NOTE = (
+    "Every cell has been compared with the hooks' first: bit for bit in mode exact, within 1e-4 in mode fast. "
+    "A plan is made before it is timed; a sweep makes its own."
+)
+Edit = Callable[..., Any]  # of one cell: a block (of hooks, or of a trace), what is kept of the clean run, two labels
+
+
+def _clean(net: Any, task: Task, modules: Callable[[Any], nn.Module], port: str) -> list[Tensor]:
+    """What a module of each block gets or gives in the clean run."""
+    kept: list[Tensor] = []
+    with ExitStack() as stack:
+        for block in net.transformer.h[: task.layers]:
+            module = modules(block)
+
+            def keep(_m: nn.Module, args: Any, out: Any = None) -> None:
+                value = args[0] if out is None else out
+                kept.append(value[0] if isinstance(value, tuple) else value)
+
+            made = module.register_forward_pre_hook(keep) if port == "input" else module.register_forward_hook(keep)
+            stack.callback(made.remove)
+        net(task.clean)
+    return kept
+
+
+@contextmanager
+def _changed(module: nn.Module, port: str, change: Callable[[Tensor], None]) -> Iterator[None]:
+    """While open, a copy of the module's input or output is changed."""
+
+    def changed(value: Any) -> Any:
+        own = (value[0] if isinstance(value, tuple) else value).clone()
+        change(own)
+        return (own, *value[1:]) if isinstance(value, tuple) else own
+
+    with hooks.inputs(module, changed) if port == "input" else hooks.outputs({module: changed}):
+        yield
+
+
+def _naive(net: Any, task: Task, cells: Sequence[tuple[Any, ...]], hooked: Callable[..., Any]) -> Job:
+    """One forward a cell; ``hooked(cell)`` is a context in which the forward is edited."""
+
+    def job() -> list[Tensor]:
+        found: list[Tensor] = []
+        for cell in cells:
+            with hooked(*cell):
+                found.append(task.metric(net(task.corrupted).logits))
+        return stacked(found)
+
+    return job
+
+
+def _jobs(model: Any, task: Task, body: Any, axes: dict[str, Any]) -> dict[str, Job]:
+    def swept(mode: str) -> Job:
+        return lambda: [_flat(model.sweep(body, task.corrupted, mode=mode, **axes), len(axes))]
+
+    def planned(mode: str) -> Job:
+        plan = model.plan(body, task.corrupted, mode=mode, **axes)
+        return lambda: [_flat(plan.run(), len(axes))]
+
+    return {SWEEP: swept("exact"), FAST: swept("fast"), PLAN: planned("exact"), FAST_PLAN: planned("fast")}
+
+
+def _flat(grid: Any, axes: int) -> Tensor:
+    values: Tensor = grid.values.flatten(0, axes - 1)
+    return values
+
+
+# -- W2 --------------------------------------------------------------------------------------------------------------
+
+PLACES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "resid": (lambda block: block, "input"),
+    "attn": (lambda block: block.attn, "output"),
+    "mlp": (lambda block: block.mlp, "output"),
+}
+
+
+def w2(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
+    clean = {name: _clean(net, task, *place) for name, place in PLACES.items()}
+
+    def hooked(kind: str, layer: int, position: int) -> Any:
+        find, port = PLACES[kind]
+
+        def change(value: Tensor) -> None:
+            value[:, position] = clean[kind][layer][:, position]
+
+        return _changed(find(net.transformer.h[layer]), port, change)
+
+    def body(kind: str, layer: int, position: int) -> Any:
+        find, port = PLACES[kind]
+        value = getattr(find(model.transformer.h[layer]), port)
+        value = value[0] if kind == "attn" else value
+        value[:, position] = clean[kind][layer][:, position]
+        return task.metric(model.lm_head.output)
+
+    axes = {"kind": list(PLACES), "layer": range(task.layers), "position": range(task.length)}
+    naive = _naive(net, task, list(product(*axes.values())), hooked)
+    return {HOOKS: naive, **_jobs(model, task, body, axes)}, f"3 × {task.layers} × {task.length} cells"
+
+
+# -- W3 and W21 ------------------------------------------------------------------------------------------------------
+
+
+def _heads(net: Any) -> int:
+    count: int = net.config.n_head
+    return count
+
+
+def w3(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
+    width, size = net.config.n_embd, net.config.n_embd // net.config.n_head
+    mixed = _clean(net, task, lambda block: block.attn.c_attn, "output")
+    z = _clean(net, task, lambda block: block.attn.c_proj, "input")
+
+    def hooked(kind: str, layer: int, head: int) -> Any:
+        attention, first = net.transformer.h[layer].attn, "qkvz".index(kind) % 3 * width + head * size
+        own = slice(first, first + size)
+
+        def change(value: Tensor) -> None:
+            value[..., own] = (z if kind == "z" else mixed)[layer][..., own]
+
+        return _changed(
+            attention.c_proj if kind == "z" else attention.c_attn, "input" if kind == "z" else "output", change
+        )
+
+    def heads(value: Tensor) -> Tensor:
+        return value.reshape(*value.shape[:-1], -1, size).transpose(1, 2)
+
+    parts = [dict(zip("qkv", map(heads, torch.split(m, width, -1)), strict=True)) for m in mixed]
+
+    def body(kind: str, layer: int, head: int) -> Any:
+        attention = model.transformer.h[layer].attn
+        if kind == "z":
+            own = slice(head * size, (head + 1) * size)
+            attention.c_proj.input[..., own] = z[layer][..., own]
+        else:
+            value = attention.source.attention_interface_0.inputs[0]["qkv".index(kind) + 1]
+            value[:, head] = parts[layer][kind][:, head]
+        return task.metric(model.lm_head.output)
+
+    axes = {"kind": list("zqkv"), "layer": range(task.layers), "head": range(_heads(net))}
+    naive = _naive(net, task, list(product(*axes.values())), hooked)
+    return {HOOKS: naive, **_jobs(model, task, body, axes)}, f"4 × {task.layers} × {_heads(net)} cells"
+
+
+def w21(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
+    size = net.config.n_embd // net.config.n_head
+
+    def own(head: int) -> slice:
+        return slice(head * size, (head + 1) * size)
+
+    def hooked(layer: int, head: int) -> Any:
+        def change(value: Tensor) -> None:
+            value[..., own(head)] = 0
+
+        return _changed(net.transformer.h[layer].attn.c_proj, "input", change)
+
+    def body(layer: int, head: int) -> Any:
+        model.transformer.h[layer].attn.c_proj.input[..., own(head)] = 0
+        return task.metric(model.lm_head.output)
+
+    axes = {"layer": range(task.layers), "head": range(_heads(net))}
+    naive = _naive(net, task, list(product(*axes.values())), hooked)
+    return {HOOKS: naive, **_jobs(model, task, body, axes)}, f"{task.layers} × {_heads(net)} cells"
+
+
+# -- the tables ------------------------------------------------------------------------------------------------------
+
+Make = Callable[[Any, Any, Task], tuple[dict[str, Job], str]]
+
+
+def _workload(name: str, about: str, make: Make) -> Workload:
+    def run(bench: Bench) -> Iterator[Table]:
+        rows = bench.compare(name, _cases(make, bench.options.quick))
+        size = "4 layers of width 256" if bench.options.quick else "GPT-2 small"
+        yield paired_table(f"{name.upper()}: {about}, {size}", [(row.name, row.times) for row in rows], HOOKS, NOTE)
+
+    return Workload(name, f"{about} (minutes)", run, default=False)
+
+
+def _cases(make: Make, quick: bool) -> Iterator[Case]:
+    from fxsight.model import Model
+
+    net: Any = models.MODELS["small" if quick else "gpt2"]()
+    with torch.no_grad():
+        jobs, title = make(net, Model(net, cache=False), Task.of(net, False))
+    yield Case(title, jobs, reference=HOOKS, rounds=3 if quick else 1, calls=1)
+
+
+W2 = _workload("w2", "resid, attention and MLP patched, layer × position", w2)
+W3 = _workload("w3", "z, q, k, v of each head patched", w3)
+W21 = _workload("w21", "each head zeroed", w21)
