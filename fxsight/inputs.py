@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fxsight.errors import TraceError
+from fxsight.program import Program
 from fxsight.rows import Call, join
 
 
@@ -29,6 +31,19 @@ class Inputs:
         Raises: TraceError where they cannot be one batch.
         """
         return join(calls)
+
+    def check(self, program: Program, call: Call) -> None:
+        """Whether a program can be run on a call that holds rows of several lengths.
+
+        Raises: TraceError.
+        """
+
+    def tokens(self, call: Call) -> Any:
+        """The tokens in a call, to be found by their text.
+
+        Raises: TraceError where inputs are no prompts.
+        """
+        raise TraceError("this model has no tokenizer: tokens are found by their text in a LanguageModel")
 
 
 PLAIN = Inputs()

@@ -21,7 +21,7 @@ class Batch:
     def __init__(self, calls: list[Call], grows: bool, inputs: Inputs) -> None:
         self.calls, self.grows, self._inputs = calls, grows, inputs
         self.joined: Call = calls[0] if calls else ((), {})
-        self._open: Invoker | None = None
+        self.open: Invoker | None = None
         self._whole_seen = False
 
     def enter(self, invoker: Invoker) -> None:
@@ -29,7 +29,7 @@ class Batch:
 
         Raises: TraceError inside another invoke, and where the inputs cannot be one batch.
         """
-        if self._open is not None:
+        if self.open is not None:
             raise TraceError("an invoke inside an invoke: end the first block")
         if invoker.has_input:
             self._join(invoker.call)
@@ -37,15 +37,15 @@ class Batch:
             raise TraceError("the first invoke of a trace needs an input: with tracer.invoke(x):")
         else:
             self._whole_seen = True
-        self._open = invoker
+        self.open = invoker
 
     def leave(self) -> None:
         """The block ends."""
-        self._open = None
+        self.open = None
 
     def touch(self) -> None:
         """Something is read or written: outside the invokes, of the whole batch, which must not grow any more."""
-        self._whole_seen = self._whole_seen or (self._open is None and bool(self.calls))
+        self._whole_seen = self._whole_seen or (self.open is None and bool(self.calls))
 
     def _join(self, call: Call) -> None:
         if not self.grows:

@@ -14,6 +14,7 @@ from fxsight.model import Model
 from fxsight.plan import Plan
 from fxsight.prompts import Prompts
 from fxsight.rename import Rename
+from fxsight.tokens import Tokens
 
 
 class LanguageModel(Model):
@@ -90,6 +91,13 @@ class LanguageModel(Model):
         with self._captures.lock:
             self._weights.load()
         return self
+
+    def tokens(self, *args: Any, **kwargs: Any) -> Tokens:
+        """The tokens of a prompt, as a block has them: ``model.tokens(prompt)("Eiffel Tower").last``; print them.
+
+        In a block it is ``tracer.tokens("Eiffel Tower")``.  Raises: InputError.
+        """
+        return self._inputs.tokens(self._inputs.prepare(args, kwargs))  # type: ignore[no-any-return]
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """``Model.trace``, of prompts."""

@@ -33,13 +33,10 @@ class Padding:
     def of(module: nn.Module, tokenizer: Any, accepted: frozenset[str]) -> Padding:
         """That of a model whose forward accepts these arguments."""
         config: Any = getattr(module, "config", None)
-        tokens = (
-            getattr(tokenizer, "pad_token_id", None),
-            getattr(config, "pad_token_id", None),
-            getattr(tokenizer, "eos_token_id", None),
-        )
-        # RoBERTa and its kin count positions themselves, from the tokens that are no padding.
+        # RoBERTa and its kin count positions themselves, from the tokens that are not the config's padding.
         counts = any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
+        tokens = [getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None)]
+        tokens = [*(tokens[::-1] if counts else tokens), getattr(tokenizer, "eos_token_id", None)]
         return Padding(
             "right" if getattr(config, "is_encoder_decoder", False) else "left",
             next((int(token) for token in tokens if token is not None), 0),
@@ -72,7 +69,7 @@ class Padding:
         if not self.mask:
             raise TraceError(
                 f"prompts of {' and '.join(map(str, lengths))} tokens in one batch: this model takes no attention "
-                "mask that could hide the padding; use a trace for each"
+                "mask, which could hide the padding; use a trace for each"
             )
         padded = len(set(lengths)) > 1
         return [((), self._padded(kwargs, max(lengths), padded)) for _, kwargs in calls]
@@ -89,6 +86,8 @@ class Padding:
         if not isinstance(value, torch.Tensor) or value.ndim < 2 or value.shape[1] != now:
             return value
         fill = {"input_ids": self.token, "labels": -100}.get(name, 0)
+        if name == "labels" and self.side == "left" and now < length:
+            value = torch.cat([value.new_full((len(value), 1), fill), value[:, 1:]], 1)  # nothing predicts the first
         more = value.new_full((value.shape[0], length - now, *value.shape[2:]), fill)
         return torch.cat([more, value] if self.side == "left" else [value, more], dim=1)
 

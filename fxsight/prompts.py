@@ -12,12 +12,16 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from fxsight.errors import InputError
+from fxsight.errors import InputError, TraceError
 from fxsight.inputs import Inputs
 from fxsight.padding import Padding
+from fxsight.program import Program
 from fxsight.rows import Call
+from fxsight.tokens import Tokens
+
+_HIDES_NOTHING = "does not look at an attention mask, which could hide the padding; use a trace for each"
 
 
 class Prompts(Inputs):
@@ -69,6 +73,32 @@ class Prompts(Inputs):
         """
         return super().join(self.padding.to_one_length(calls))
 
+    def check(self, program: Program, call: Call) -> None:
+        """Whether the model looks at the mask that hides padding.
+
+        Raises: TraceError for a padded batch on a model that does not.
+        """
+        mask, node = call[1].get("attention_mask"), program.nodes.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and node is not None and not _is_used(node) and not bool(mask.all()):
+            raise TraceError(f"prompts of different lengths in one batch: {program.name} {_HIDES_NOTHING}")
+
+    def tokens(self, call: Call) -> Tokens:
+        """The tokens in a call.
+
+        Raises: TraceError where it has no token ids.
+        """
+        args, kwargs = call
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            raise TraceError("the input of this block has no token ids")
+        mask = kwargs.get("attention_mask")
+        kept = (
+            mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
+        )
+        places = torch.arange(ids.shape[1]) - (ids.shape[1] if self.padding.side == "left" else 0)
+        rows = [(row[keep].tolist(), places[keep.cpu()].tolist()) for row, keep in zip(ids, kept, strict=True)]
+        return Tokens([ids for ids, _ in rows], [positions for _, positions in rows], self.tokenizer)
+
     # -- one prompt --------------------------------------------------------------------------------------------------
 
     def _tokens(self, given: Any, words: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,15 +107,13 @@ class Prompts(Inputs):
             return {name: torch.as_tensor(value) for name, value in given.items()}
         if isinstance(given, torch.Tensor):
             return {"input_ids": _checked(given if given.ndim > 1 else given[None], given)}
+        if isinstance(given, (list, tuple)) and any(isinstance(x, (list, tuple)) and not x for x in given):
+            raise InputError(f"a prompt in {given!r} has zero tokens: a model needs at least one")
         if _is_texts(given):
             return self._encoded([given] if isinstance(given, str) else list(given), words)
         if isinstance(given, (list, tuple)) and given and all(isinstance(x, int) for x in given):
             return {"input_ids": torch.tensor([given])}
-        if (
-            isinstance(given, (list, tuple))
-            and given
-            and all(isinstance(x, (list, tuple, torch.Tensor)) for x in given)
-        ):
+        if isinstance(given, (list, tuple)) and given and all(map(_is_row, given)):
             return self.padding.of_rows({"input_ids": [torch.as_tensor(x).tolist() for x in given]})
         raise InputError(f"a prompt is a text, a list of texts, token ids or a tokenizer's result; this is {given!r}")
 
@@ -125,6 +153,14 @@ def _arguments(tokenizer: Hashable) -> frozenset[str]:
     return frozenset(inspect.signature(call).parameters) - {"self", "kwargs"}
 
 
+def _is_used(node: fx.Node) -> bool:
+    """Whether anything but a module's border has a value."""
+    return any(
+        user.op != "output" and (user.target is not torch.ops.aten.alias.default or _is_used(user))
+        for user in node.users
+    )
+
+
 def _is_texts(given: Any) -> bool:
     return isinstance(given, str) or (
         isinstance(given, (list, tuple)) and bool(given) and all(isinstance(x, str) for x in given)
@@ -133,6 +169,12 @@ def _is_texts(given: Any) -> bool:
 
 def _is_ids(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and tensor.ndim in (1, 2)
+
+
+def _is_row(given: Any) -> bool:
+    return isinstance(given, torch.Tensor) or (
+        isinstance(given, (list, tuple)) and all(isinstance(x, int) for x in given)
+    )
 
 
 def _checked(ids: torch.Tensor, given: Any) -> torch.Tensor:

@@ -110,6 +110,7 @@ class Tracer(Running):
 
     def _begin(self) -> None:
         found = self.captures.quick(*self._batch.joined)
+        self._inputs.check(found.program, self._batch.joined)
         self._captured = self._base = found.program
         self._sizes = found.sizes
         self._walk = Walk(self, found.root(user_line(), self._tier(), torch.is_grad_enabled()), found.watch.names)
@@ -207,6 +208,17 @@ class Tracer(Running):
     def sizes(self) -> Mapping[str, int]:
         """The named sizes of the inputs."""
         return self._sizes
+
+    @property
+    def tokens(self) -> Any:
+        """The tokens of the prompts of this block, or of this invoke: ``tracer.tokens("Eiffel Tower").last``.
+
+        Raises: TraceError for a model that is no LanguageModel, and before the first invoke.
+        """
+        open_ = self._batch.open
+        if not self._batch.calls:
+            raise TraceError("this trace has no input yet: its tokens are there inside `with tracer.invoke(x):`")
+        return self._inputs.tokens(open_.call if open_ is not None and open_.has_input else self._batch.joined)
 
     @property
     def result(self) -> Any:
@@ -312,6 +324,7 @@ class Tracer(Running):
     def _grow(self, recorder: Recorder) -> None:
         """More rows: the program for all of them, which may be another than for the rows before."""
         captured, self._sizes = self.captures.find(*self._batch.joined)
+        self._inputs.check(captured, self._batch.joined)
         self._known.clear()
         before = self._captured
         self._captured = self._base = captured
