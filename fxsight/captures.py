@@ -22,6 +22,7 @@ from fxsight.address import Address
 from fxsight.artifacts import Artifacts
 from fxsight.attached import AttachedCalls
 from fxsight.capture import capture_all
+from fxsight.collector import waiting
 from fxsight.context import open_trace
 from fxsight.errors import InputError
 from fxsight.intervention import Intervention
@@ -127,8 +128,9 @@ class Captures:
                 continue
             self.latest, self.latest_sizes = program, sizes
             return program, sizes
-        loaded = self._load(key, leaves)
-        found = [loaded] if loaded is not None else self._capture(key, args, kwargs)
+        with waiting():
+            loaded = self._load(key, leaves)
+            found = [loaded] if loaded is not None else self._capture(key, args, kwargs)
         if self._shows_unseen(found):
             known = self._programs.setdefault(self._key(tree, leaves), [])
         known += found
@@ -226,7 +228,8 @@ class Captures:
             key = (*key[:3], key[3] + 1)
         found = self._executables.get(key)
         if found is None:
-            found = self._executable(pipeline_for(asked, joint=joint)(program), asked, constants, tier)
+            with waiting():
+                found = self._executable(pipeline_for(asked, joint=joint)(program), asked, constants, tier)
             self._executables[key] = found
             if len(self._executables) > KEPT:
                 self._executables.popitem(last=False)

@@ -27,12 +27,15 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 class Editor:
-    """A graph being edited on behalf of one pass."""
+    """A graph being edited on behalf of one pass.
 
-    def __init__(self, program: Program, made_by: str) -> None:
+    copies: whether it is a copy of the program's; without, the program is given up for the one that ``finish`` makes.
+    """
+
+    def __init__(self, program: Program, made_by: str, copies: bool = True) -> None:
         self.program = program
         self.made_by = made_by
-        self.graph = copy_graph(program.graph)
+        self.graph = copy_graph(program.graph) if copies else program.graph
         self.nodes: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self.touched = False
         self.keeps_order = False  # set by a pass after which the order of nodes means more than data and effects

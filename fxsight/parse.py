@@ -14,6 +14,7 @@ import re
 import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fxsight.book import Book
 from fxsight.errors import TextError
 from fxsight.node import Binding, Fixed, InputLeaf, Origin, OutputLeaf, Size
 from fxsight.program import Program
-from fxsight.spec import SizeSpec, Spec, TensorSpec, contiguous_stride, parse_dims, parse_expr, parse_tensor
+from fxsight.spec import Dim, SizeSpec, Spec, TensorSpec, contiguous_stride, parse_dims, parse_expr, parse_tensor
 from fxsight.targets import check_call, find_target
 from fxsight.tree import Tree
 
@@ -298,6 +299,11 @@ def _split(text: str) -> list[str]:
 
 
 def _tensor(text: str, extras: Mapping[str, Any], name: str) -> TensorSpec:
-    dtype, shape = parse_tensor(text)
-    stride = parse_dims(extras["stride"]) if "stride" in extras else contiguous_stride(shape)
+    dtype, shape, stride = _layout(text, extras.get("stride"))
     return TensorSpec(dtype, shape, stride, extras.get("device", "cpu"), extras.get("shares", name))
+
+
+@lru_cache(4096)  # most values of a model have one of a few shapes
+def _layout(text: str, stride: str | None) -> tuple[torch.dtype, tuple[Dim, ...], tuple[Dim, ...]]:
+    dtype, shape = parse_tensor(text)
+    return dtype, shape, contiguous_stride(shape) if stride is None else parse_dims(stride)

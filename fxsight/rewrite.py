@@ -37,12 +37,14 @@ class Pass(ABC):
         """How the pass stands in a program's history."""
         return repr(self)
 
-    def apply(self, program: Program) -> Rewritten:
+    def apply(self, program: Program, copies: bool = True) -> Rewritten:
         """The rewritten and verified program; the argument itself when nothing changed.
+
+        copies: False gives the argument up: its graph becomes the result's.
 
         Raises: ProgramError when the result breaks a rule of ``verify``: a bug of the pass.
         """
-        editor = Editor(program, self.label)
+        editor = Editor(program, self.label, copies)
         self.rewrite(editor)
         result = editor.finish()
         return Rewritten(program if result is program else verify(result), result is not program)
@@ -75,7 +77,10 @@ Between = Callable[[Pass, Rewritten], None]
 
 
 class Pipeline:
-    """Passes in order. ``between`` is called after each: for printing, timing, counting."""
+    """Passes in order. ``between`` is called after each: for printing, timing, counting.
+
+    One copy of the graph serves all of them, as long as nobody is shown what lies between.
+    """
 
     def __init__(self, *passes: Pass, between: Between | None = None) -> None:
         self.passes = passes
@@ -83,8 +88,9 @@ class Pipeline:
 
     def __call__(self, program: Program) -> Program:
         """Run all passes."""
+        given = program
         for step in self.passes:
-            done = step.apply(program)
+            done = step.apply(program, copies=program is given or self.between is not None)
             if self.between is not None:
                 self.between(step, done)
             program = done.program
