@@ -128,10 +128,17 @@ class Book:
 
     names: what the code that ran mentions: names and short texts, ``LISTS`` if it lists the parts of a module, and
     ``PARTIAL`` + text where a name may be put together; None when that is not known.
+    after: the caches among the inputs, a tuple in their order, as the forward leaves them; None where it is given none.
     """
 
     calls: tuple[Call, ...] = field(default=())
     names: frozenset[str] | None = None
+    after: Structure | None = None
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """The nodes of the tensors in ``after``, in order."""
+        return () if self.after is None else tuple(leaf.node for leaf in self.after.leaves if isinstance(leaf, Ref))
 
     @cached_property
     def modules(self) -> Mapping[tuple[str, int], Call]:

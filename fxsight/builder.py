@@ -22,11 +22,13 @@ from fxsight import _torch
 from fxsight.book import Book, Call, Opaque, Ref, SizeRef, Structure
 from fxsight.capture_errors import Refused
 from fxsight.node import Binding, Fixed, InputLeaf, Origin, Size
+from fxsight.past import Count
 from fxsight.program import Program
 from fxsight.provenance import TAG, Libraries, Scribe, stack_lines
 from fxsight.spec import TensorSpec, parse_dims, spec_of, symbol
 from fxsight.tree import Tree
 
+_SIZES = ("batch", "length", "height", "width")
 PLAIN = "write it with plain operators, or trace a submodule without it"
 
 
@@ -74,8 +76,11 @@ class Builder:
             place.target = place.name  # the name may have been taken: code is generated from the target
             env[node] = self._keep(node, place)
             env[node].meta["binding"] = binding
+            tag = (node.meta.get("custom") or {}).get(TAG)
+            if binding.kind == "input" and tag is not None:
+                self.by_time.setdefault(tag[0], place.name)
         returned = self._copy(self.exported.graph_module, env)
-        self.graph.output(tuple(returned))
+        self.graph.output(tuple(returned[: sum(leaf is None for leaf in self.scribe.returned[1])]))
         self.graph.eliminate_dead_code(lambda node: not _is_dead(node))
         return Program(
             title_of(self.module, self.method),
@@ -86,17 +91,21 @@ class Builder:
             self.scribe.returned[1],
             tuple(self._sizes()),
             tuple(self._guards()),
-            Book(tuple(self._call(c.close()) for c in self.scribe.calls), frozenset(self.scribe.names)),
+            self._book(),
             self.literals,
         )
+
+    def _book(self) -> Book:
+        after = self.scribe.after
+        calls = tuple(self._call(c.close()) for c in self.scribe.calls)
+        return Book(calls, frozenset(self.scribe.names), None if after is None else self._structure(after))
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
     def _placeholders(self, graph: fx.Graph) -> Iterator[tuple[fx.Node, Binding, str]]:
         nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
         paths = ["_".join(map(str, _argument_path(getattr(self.module, self.method), p))) for p in self.inputs.paths()]
-        tensors = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
-        inputs = iter(tensors)
+        inputs = (i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor) or type(leaf) is Count)
         for spec in self.exported.graph_signature.input_specs:
             node, target = nodes[spec.arg.name], str(spec.target or "").removeprefix("module.")
             kind = torch.export.graph_signature.InputKind
@@ -116,7 +125,7 @@ class Builder:
             if n.op == "placeholder" and n.meta["binding"].kind == "input"
         }
         for number, leaf in enumerate(self.leaves):
-            yield specs[number] if isinstance(leaf, torch.Tensor) else fixed(leaf)
+            yield specs[number] if number in specs else fixed(leaf)
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 
@@ -125,11 +134,13 @@ class Builder:
         self.names.update(self._settled_sizes())
         inputs = {s.arg.name for s in self.exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
         for node in graph.nodes:
-            if node.name in inputs and isinstance(node.meta.get("val"), torch.Tensor):
-                for dim, size in enumerate(node.meta["val"].shape):
-                    expr = _torch.size_expr(size)
-                    if expr.is_Symbol and expr not in self.names:
-                        self.names[expr] = symbol(self._size_name(dim))
+            value = node.meta.get("val") if node.name in inputs else None
+            sizes = value.shape if isinstance(value, torch.Tensor) else (value,) if value is not None else ()
+            names = _SIZES if isinstance(value, torch.Tensor) else ("seen",)
+            for dim, size in enumerate(sizes):
+                expr = _torch.size_expr(size)
+                if expr.is_Symbol and expr not in self.names:
+                    self.names[expr] = symbol(self._size_name(names[dim] if dim < len(names) else f"size_{dim}"))
 
     def _settled_sizes(self) -> Mapping[Any, Any]:
         """Symbols that the model's code has pinned to a number."""
@@ -145,10 +156,8 @@ class Builder:
         tensors = (n.meta.get("val") for n in self.exported.graph.nodes)
         return _torch.shape_env(next((t for t in tensors if isinstance(t, torch.Tensor)), None))
 
-    def _size_name(self, dim: int) -> str:
-        plain = ("batch", "length", "height", "width")
+    def _size_name(self, name: str) -> str:
         taken = {str(s) for s in self.names.values()}
-        name = plain[dim] if dim < len(plain) else f"size_{dim}"
         return name if name not in taken else next(f"{name}_{i}" for i in range(2, 1000) if f"{name}_{i}" not in taken)
 
     def _sizes(self) -> Iterator[Size]:

@@ -19,6 +19,7 @@ from fxsight import _torch
 from fxsight.builder import Builder, fixed, title_of
 from fxsight.capture_errors import Refused, capture_error
 from fxsight.errors import InputError
+from fxsight.past import Count, pasts_in
 from fxsight.program import Program
 from fxsight.provenance import Scribe
 from fxsight.sizes import bind_sizes
@@ -61,9 +62,10 @@ def capture_all(
     Raises: CaptureError.
     """
     leaves, inputs = flatten((args, dict(kwargs)))
+    is_step = any(pasts_in((args, kwargs)))
     made: list[Program] = []
     failure = _hidden(module)
-    for plan in [] if failure else _plans(module, [x for x in leaves if isinstance(x, torch.Tensor)]):
+    for plan in [] if failure else _plans(module, [x for x in leaves if is_free(x)], is_step):
         flat = _Flat(module, inputs, leaves, Scribe(module, reader or SourceReader(), on_tick), method)
         program = _attempt(flat, plan)
         if isinstance(program, Program):
@@ -115,31 +117,55 @@ def _misfit(program: Program, leaves: Sequence[Any]) -> InputError | None:
 
 _ONE_AT_A_TIME = threading.RLock()  # torch.export has state that all threads share
 OnTick = Callable[[], None] | None
-Shapes = tuple[dict[int, Any], ...]
+Shapes = tuple[Any, ...]  # per input, its free dimensions
 
 
 @dataclass(frozen=True)
 class Plan:
     """One way to export: example tensors, their free dimensions, and whether with transformers' patches."""
 
-    tensors: tuple[torch.Tensor, ...]
+    tensors: tuple[Any, ...]
     shapes: Shapes
     patched: bool = False
 
 
-def _plans(module: nn.Module, tensors: list[torch.Tensor]) -> Iterator[Plan]:
-    """What to try, freest first; at last the tensors as they are."""
-    pair = len({t.shape[0] for t in tensors if t.ndim > 1} | {1}) == 1  # a batch of one is shown as a batch of two
-    examples = tuple(t.expand(2, *t.shape[1:]).clone() if pair and t.ndim > 1 else t for t in tensors)
-    free: Shapes = tuple(dict.fromkeys(range(t.ndim), AUTO) for t in tensors)
-    outer: Shapes = tuple(dict.fromkeys(range(min(t.ndim, 2)), AUTO) for t in tensors)
+def _plans(module: nn.Module, given: list[Any], is_step: bool) -> Iterator[Plan]:
+    """What to try, freest first; at last the inputs as they are.
+
+    given: tensors, and counts of caches.  is_step: whether there is a cache: one token then stays one.
+    """
+    rows = {t.shape[0] for t in given if isinstance(t, torch.Tensor) and t.ndim > 1}
+    tensors = tuple(int(t) if isinstance(t, int) else t for t in given)
+    examples = tuple(map(_pair, tensors)) if rows == {1} else tensors  # a batch of one is shown as a batch of two
+    free, outer = tuple(_dims(t, 9, is_step) for t in given), tuple(_dims(t, 2, is_step) for t in given)
     yield Plan(examples, free)
-    yield Plan(tuple(tensors), free)
+    yield Plan(tensors, free)
     yield Plan(examples, outer)
     if any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__):
         yield Plan(examples, outer, patched=True)
-        yield Plan(tuple(tensors), outer, patched=True)
-    yield Plan(tuple(tensors), tuple({} for _ in tensors))
+        yield Plan(tensors, outer, patched=True)
+    yield Plan(tensors, tuple(None if isinstance(t, int) else {} for t in given))
+
+
+def is_free(leaf: Any) -> bool:
+    """Whether a program is free in an input: a tensor, or a count of a cache."""
+    return isinstance(leaf, torch.Tensor) or type(leaf) is Count
+
+
+def _pair(leaf: Any) -> Any:
+    """A tensor with one row as one with two."""
+    return leaf.expand(2, *leaf.shape[1:]).clone() if isinstance(leaf, torch.Tensor) and leaf.ndim > 1 else leaf
+
+
+def _dims(leaf: Any, most: int, is_step: bool) -> Any:
+    """The free dimensions of a tensor among the first ``most``; a count is free itself.
+
+    In a step that is given one token, code asks whether there are more, as no program free in that can answer.
+    """
+    if isinstance(leaf, int):
+        return AUTO
+    one = {d for d in range(1, leaf.ndim) if is_step and leaf.shape[d] == 1 and leaf.ndim < 4}
+    return {d: AUTO for d in range(min(leaf.ndim, most)) if d not in one}
 
 
 def _export(flat: _Flat, plan: Plan) -> torch.export.ExportedProgram:
@@ -181,7 +207,8 @@ class _Flat(nn.Module):
 
     def forward(self, *leaves: Any) -> tuple[Any, ...]:
         given = iter(leaves)
-        args, kwargs = self.inputs.build([next(given) if isinstance(x, torch.Tensor) else x for x in self.leaves])
+        args, kwargs = self.inputs.build([next(given) if is_free(x) else x for x in self.leaves])
+        pasts = tuple(pasts_in((args, kwargs)))
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         try:
             with self.scribe.watching():
@@ -196,7 +223,8 @@ class _Flat(nn.Module):
         values = [isinstance(x, (torch.Tensor, torch.SymInt)) for x in found]
         others = tuple(None if is_value else fixed(x) for x, is_value in zip(found, values, strict=True))
         self.scribe.returned = (tree, others)
-        return tuple(x for x, is_value in zip(found, values, strict=True) if is_value)
+        left = self.scribe.leave(pasts) if pasts else []  # returned, too: export drops what nothing returns
+        return (*(x for x, is_value in zip(found, values, strict=True) if is_value), *left)
 
     def _write_back(self, before: Mapping[str, torch.Tensor]) -> None:
         """A tensor put in the place of a buffer is copied into the buffer: a program knows buffers by name."""

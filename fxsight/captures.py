@@ -29,6 +29,7 @@ from fxsight.intervention import Intervention
 from fxsight.lower import Tier
 from fxsight.passes.open_fused import open_above
 from fxsight.passes.use_known import UseKnown
+from fxsight.past import Count
 from fxsight.pipeline import demand_pipeline, joint_for, pipeline_for
 from fxsight.place import Places
 from fxsight.program import Program
@@ -237,10 +238,10 @@ class Captures:
         return found
 
     def _executable(
-        self, finished: Program, asked: Intervention, constants: Sequence[torch.Tensor], tier: Tier
+        self, finished: Program, asked: Intervention, constants: Sequence[torch.Tensor], tier: Tier, keeps: bool = True
     ) -> Executable:
         fixed, is_joint = dict(asked.sizes), bool(asked.backwards)
-        return Executable(finished, self.module, constants, tier, fixed, self.artifacts, self.lock, is_joint)
+        return Executable(finished, self.module, constants, tier, fixed, self.artifacts, self.lock, is_joint, keeps)
 
     def opened(self, program: Program, address: Address) -> Program:
         """The program with what is fused above the address opened; remembered.
@@ -269,7 +270,7 @@ class Captures:
     ) -> Executable:
         """The program of an intervention that needs numbers at once; in-place calls still written as values."""
         finished = demand_pipeline(asked, known, joint_for(asked, sizes))(program)
-        return self._executable(finished, asked, constants, "eager")
+        return self._executable(finished, asked, constants, "eager", False)
 
     def weight(self, name: str) -> torch.Tensor:
         """A parameter or buffer of the module by name."""
@@ -284,6 +285,8 @@ class Captures:
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return (leaf.dtype, leaf.ndim, str(leaf.device))
+    if type(leaf) is Count:
+        return ("Count",)
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return (type(leaf).__name__, leaf)
     return (type(leaf).__name__, id(leaf))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-from fxsight.spec import Spec, TensorSpec
+from fxsight.spec import SizeSpec, Spec, TensorSpec
 
 BindingKind = Literal["weight", "input", "constant", "literal"]
 
@@ -68,7 +68,7 @@ class Size:
         return f"{self.name} >= {self.low}" if self.high is None else f"{self.low} <= {self.name} <= {self.high}"
 
 
-InputLeaf = TensorSpec | Fixed
+InputLeaf = TensorSpec | SizeSpec | Fixed  # a size: the count of a cache
 OutputLeaf = Fixed | None
 
 

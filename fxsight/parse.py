@@ -141,6 +141,8 @@ def _structure(text: str) -> tuple[Tree, list[Any]]:
 def _input_leaf(data: Any) -> InputLeaf:
     if "fixed" in data:
         return Fixed(data["fixed"])
+    if data["type"].startswith("size "):
+        return SizeSpec(_expression(data["type"].removeprefix("size ")))
     return _tensor(data["type"], data, "")
 
 

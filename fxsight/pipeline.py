@@ -26,7 +26,7 @@ def pipeline_for(
     known: what the body has had computed already.  joint: where the body asks for gradients.
     """
     return Pipeline(
-        Weave(asked),  # first: addresses are those of the captured program
+        Weave(asked, keeps=True),  # first: addresses are those of the captured program
         *([known] if known is not None else []),  # before anything is dropped that only known values needed
         *([joint] if joint is not None else []),  # before anything that only gradients need is dropped
         SkipOverwritten(),  # before what it frees is dropped

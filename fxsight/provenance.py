@@ -88,6 +88,7 @@ class Scribe:
         self._on_tick = on_tick
         self.calls: list[OpenCall] = []
         self.returned: tuple[Any, Any] = (None, None)  # structure and fixed leaves of the model's output
+        self.after: Structure | None = None  # see ``Book.after``
         self._clock = 0
         self._stack: list[OpenCall] = []
         self._frames: dict[FrameType, OpenCall] = {}
@@ -317,6 +318,13 @@ class Scribe:
         return torch.ops.aten.alias.default(output) if tag is not None and tag[0] < start else output
 
     # -- values ------------------------------------------------------------------------------------------------------
+
+    def leave(self, pasts: tuple[Any, ...]) -> list[torch.Tensor]:
+        """Write down the caches that were given, as they are now.  Returns: the tensors in them."""
+        self.tick()
+        leaves, tree = flatten(pasts)
+        self.after = Structure(tree, tuple(map(self._leaf, leaves)))
+        return [leaf for leaf, ref in zip(leaves, self.after.leaves, strict=True) if isinstance(ref, Ref)]
 
     def _structure(self, value: Any) -> Structure:
         leaves, tree = flatten(value)

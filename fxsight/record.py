@@ -25,6 +25,7 @@ from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
 from fxsight.lost import stale_edit
 from fxsight.node import Binding, Fixed, Origin
+from fxsight.past import Count
 from fxsight.place import Location, Places
 from fxsight.resize import resize
 from fxsight.rows import Rows, overlap
@@ -64,11 +65,15 @@ def undress(dressed: Iterable[Dressed]) -> None:
         attributes: Any = vars(structure)
         attributes.pop("save", None)
         now = flatten(structure)[0]
-        if len(now) != len(leaves) or any(a is not b for a, b in zip(now, leaves, strict=True)):
+        if len(now) != len(leaves) or any(not _is_same(a, b) for a, b in zip(now, leaves, strict=True)):
             raise WriteError(
                 f"a member of {address} was assigned, which the model does not see; change it in place "
                 f"(out.logits[:] = ...) or write the whole (model.{address.port} = ...)"
             )
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    return now is before or (type(now) is Count and now == before)  # a count has no identity of its own
 
 
 Phase = Literal["open", "waiting", "done"]

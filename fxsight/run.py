@@ -13,6 +13,7 @@ from torch import nn
 from fxsight.accumulate import apart, fill, without_leaves
 from fxsight.artifacts import Artifacts
 from fxsight.errors import InputError
+from fxsight.leave import leave_pasts
 from fxsight.lower import Lowering, Tier, keeping
 from fxsight.node import Fixed
 from fxsight.program import Program
@@ -26,6 +27,7 @@ class Executable:
     Prints as its program. ``tier`` says how it runs: "eager" is bitwise the module's own numbers, "inductor" within
     ``lower.TOLERANCE``. lock: held while the weights are looked up; another thread may be capturing the module.
     is_joint: whether gradients are computed in it: then nothing of its run is kept for others.
+    keeps: whether the last results are the caches that the call is given, as it leaves them.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Executable:
         artifacts: Artifacts | None = None,
         lock: AbstractContextManager[object] | None = None,
         is_joint: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.program, self.module = program, module
         self.constants = list(constants)
@@ -53,6 +56,7 @@ class Executable:
         self._plain, self._filled = without_leaves(program)
         self._is_joint = is_joint
         self._lowering = Lowering(self._plain, tier, fixed, artifacts or Artifacts())
+        self._left = len(program.book.left) if keeps else 0
 
     def bound(self, constants: Sequence[torch.Tensor], decided: bool) -> Executable:
         """The same program with constants of its own; ``decided``: its body has looked at numbers of one run."""
@@ -95,7 +99,7 @@ class Executable:
             )
         sizes = bind_sizes(self.program, leaves)
         self._check_fixed(leaves, sizes)
-        return self.build(self.run(leaves, self.constants))
+        return self.build(self.run(leaves, self.constants, (args, kwargs)))
 
     def build(self, results: Sequence[Any]) -> tuple[Any, ...]:
         """The saves, in order, of which these are the tensors."""
@@ -121,15 +125,24 @@ class Executable:
                     f"not {sizes[name]}; trace again"
                 )
 
-    def run(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> Sequence[Any]:
-        """The results, for input leaves that are known to fit: tensors of their own, no two the same."""
+    def run(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor], call: Any = None) -> Sequence[Any]:
+        """The results, for input leaves that are known to fit: tensors of their own, no two the same.
+
+        call: the arguments that the leaves are of; the caches among them are then as the module would leave them.
+        """
         arguments = self._arguments(leaves, constants)
-        if not self._is_joint:
-            return _own(self._lowering(arguments), arguments)
-        with apart():
+        if self._is_joint:
+            with apart():
+                results = list(self._lowering(arguments))
+            fill(self._filled, arguments, results)
+        else:
             results = list(self._lowering(arguments))
-        fill(self._filled, arguments, results)
-        return _own(results, arguments)
+        if not self._left:
+            return _own(results, arguments)
+        results, left = results[: -self._left], results[-self._left :]
+        if call is not None:
+            leave_pasts(self.program, call, leaves, left)
+        return _own(results, [*arguments, *left])
 
     def run_keeping(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Every value that is computed, by name of its node; in the eager tier."""

@@ -142,7 +142,7 @@ class Running:
         self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
         self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]
         recorder.phase, recorder.alive = "done", None
-        self._fill(self._executable.run(self.inputs, known))
+        self._fill(self._executable.run(self.inputs, known, self._batch.joined))
 
     def run_again(self, call: Call, wanted: Sequence[Value]) -> None:
         """The same block on another input, in a loop of a session; the first time as ``run``.
@@ -162,7 +162,7 @@ class Running:
                 "the elements of this loop take different ways through the model, or the block looks at sizes or "
                 "numbers; write `for item in session.iter(...):`"
             )
-        return self._fill(self.program.run(flatten(call)[0], self._written.constants))
+        return self._fill(self.program.run(flatten(call)[0], self._written.constants, call))
 
     def _fill(self, results: Sequence[torch.Tensor]) -> None:
         """Each saved value becomes its tensor, each tensor of the user's that was changed its new value."""

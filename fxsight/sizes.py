@@ -10,7 +10,7 @@ import torch
 
 from fxsight.errors import InputError
 from fxsight.program import Program
-from fxsight.spec import TensorSpec, number
+from fxsight.spec import SizeSpec, TensorSpec, number
 
 AGAIN = "trace again with these inputs"
 
@@ -24,6 +24,8 @@ def bind_sizes(program: Program, leaves: Sequence[Any]) -> dict[str, int]:
     for number_, (spec, leaf) in enumerate(zip(program.input_leaves, leaves, strict=True)):
         if isinstance(spec, TensorSpec):
             _bind(sizes, spec, leaf, f"input {number_}")
+        elif isinstance(spec, SizeSpec):
+            _bind_dim(sizes, spec.expr, int(leaf), f"input {number_} is {leaf}", spec)
     for size in program.sizes:
         value = sizes.get(size.name)
         if value is not None and (value < size.low or (size.high is not None and value > size.high)):
@@ -59,10 +61,14 @@ def _bind(sizes: dict[str, int], spec: TensorSpec, leaf: Any, what: str) -> None
     if str(leaf.device) != spec.device:
         raise InputError(f"{what} is on {leaf.device}, and this program runs on {spec.device}; {AGAIN}")
     for dim, value in zip(spec.shape, leaf.shape, strict=True):
-        expected = sizes.setdefault(dim.name, value) if isinstance(dim, sympy.Symbol) else number(dim, sizes)
-        if expected != value:
-            known = f" with {_numbers(sizes)}" if sizes else ""
-            raise InputError(f"{what} is {given_text(leaf)}, and this program takes {spec}{known}; {AGAIN}")
+        _bind_dim(sizes, dim, value, f"{what} is {given_text(leaf)}", spec)
+
+
+def _bind_dim(sizes: dict[str, int], dim: Any, value: int, fact: str, spec: TensorSpec | SizeSpec) -> None:
+    expected = sizes.setdefault(dim.name, value) if isinstance(dim, sympy.Symbol) else number(dim, sizes)
+    if expected != value:
+        known = f" with {_numbers(sizes)}" if sizes else ""
+        raise InputError(f"{fact}, and this program takes {spec}{known}; {AGAIN}")
 
 
 def given_text(leaf: Any) -> str:

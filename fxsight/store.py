@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxsight.book import Book, Call
+from fxsight.book import Book, Call, Structure
 from fxsight.errors import FxsightError
 from fxsight.folder import LIMIT, Folder, cache_folder, remove
 from fxsight.identity import Local, check_current, contents, file_hash, identity, layout, library_versions
@@ -99,6 +99,8 @@ def encode(program: Program, name: str) -> bytes:
         archive.writestr(_member("entry.json"), json.dumps(entry))
         archive.writestr(_member("program.txt"), program.text)
         archive.writestr(_member("book.json"), json.dumps([call.to_json() for call in program.book.calls]))
+        if program.book.after is not None:
+            archive.writestr(_member("after.json"), json.dumps(program.book.after.to_json()))
         for key, tensor in program.literals.items():
             archive.writestr(_member(f"literals/{key}"), contents(tensor))
     return buffer.getvalue()
@@ -116,7 +118,8 @@ def decode(data: bytes, name: str) -> Program:
         if any(file_hash(file) != was for file, was in entry["sources"].items()):
             raise ValueError("the model's code has changed")
         names = None if entry["names"] is None else frozenset(entry["names"])
-        book = Book(tuple(map(Call.from_json, json.loads(archive.read("book.json")))), names)
+        after = Structure.from_json(json.loads(archive.read("after.json"))) if "after.json" in archive.namelist() else None
+        book = Book(tuple(map(Call.from_json, json.loads(archive.read("book.json")))), names, after)
         layouts = entry["literals"].items()
         literals = {key: _tensor(archive.read(f"literals/{key}"), like) for key, like in layouts}
         return parse_program(archive.read("program.txt").decode(), book, literals)

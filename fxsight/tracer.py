@@ -99,7 +99,7 @@ class Tracer(Running):
     def _run_finished(self, walk: Walk, finish: Finish) -> None:
         """The body has gone a known way to its end: run the program that is there."""
         self._finished, self._constants = finish, walk.constants(finish)
-        results = finish.executable.run(self.inputs, self._constants)
+        results = finish.executable.run(self.inputs, self._constants, self._batch.joined)
         values = walk.values
         for index, place in finish.results:
             become(values[index], results[place])

@@ -2,13 +2,12 @@
 
 The shape (``Tree``) is data: it can be compared, hashed, printed, stored in a file and used in another process to
 build the value again. It is deliberately small: a class takes part when it is a plain container, a named tuple, a
-dataclass that holds tensors, or a ``transformers`` ``ModelOutput`` or cache; everything else is a leaf.
+dataclass that holds tensors, or a ``transformers`` ``ModelOutput`` or cache (``past``); everything else is a leaf.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+from fxsight.past import Constant, build, constant, find_class, is_past, members_of
 
 Json = Any
 _SHOWN = 8  # members of a container that are shown before the rest is counted
@@ -25,8 +26,9 @@ _SHOWN = 8  # members of a container that are shown before the rest is counted
 class Tree:
     """The shape of a value: ``kind`` and, for containers, the keys and shapes of the members.
 
-    kind: "leaf", "tuple", "list", "dict", "namedtuple", "fields" (dataclass or ModelOutput) or "cache".
-    name: ``module:qualname`` of the class for the last three, else "".
+    kind: "leaf", "tuple", "list", "dict", "namedtuple", "fields" (dataclass or ModelOutput), "object" (a cache or a
+    layer of one) or "constant" (a dtype, device or class in it, without leaves).
+    name: ``module:qualname`` of the class, or the constant as text; else "".
     """
 
     kind: str
@@ -76,6 +78,8 @@ class Tree:
                 return f"[{inner}]"
             case "dict":
                 return "{" + inner + "}"
+            case "constant":
+                return self.name
             case _:
                 return f"{self.name.partition(':')[2].rpartition('.')[2]}({inner})"
 
@@ -127,6 +131,8 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _flatten(value: Any, leaves: list[Any]) -> Tree:
+    if type(value) is Constant:
+        return Tree("constant", value.text)
     parts = _open(value)
     if parts is None:
         leaves.append(value)
@@ -139,6 +145,8 @@ def _flatten(value: Any, leaves: list[Any]) -> Tree:
 def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
     """Kind, keys and members of a container; None for a leaf."""
     cls = type(value)
+    if cls in _LEAVES:
+        return None
     if cls.__module__ == "torch.return_types":
         return "structseq", range(len(value)), value
     if isinstance(value, tuple):
@@ -150,8 +158,9 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
         return "fields", list(value.keys()), list(value.values())  # pyright: ignore
     if cls in _DICTS or (isinstance(value, dict) and cls.__module__ == _OURS):
         return "dict", list(value), list(value.values())  # pyright: ignore
-    if is_cache(value):
-        return "cache", *_open_cache(value)
+    if is_past(value):
+        opened = members_of(value)
+        return "object", list(opened), list(opened.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         members = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
         if any(isinstance(member, torch.Tensor) for member in members.values()):
@@ -159,6 +168,7 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
     return None
 
 
+_LEAVES = (torch.Tensor, type(None), bool, int, float, str)  # the most frequent ones, found first
 _LISTS = (list, immutable_list)  # arguments of fx nodes are immutable ones
 _DICTS = (dict, OrderedDict, immutable_dict)
 _OURS = "fxsight.containers"  # lists and dicts with ``.save()``
@@ -169,51 +179,17 @@ def is_model_output(value: Any) -> bool:
     return isinstance(value, OrderedDict) and any(c.__name__ == "ModelOutput" for c in type(value).__mro__)
 
 
-def is_cache(value: Any) -> bool:
-    """Whether it is a ``transformers`` dynamic cache of keys and values, which can be rebuilt from its tensors."""
-    return type(value).__name__ == "DynamicCache" and type(value).__module__.startswith("transformers.")
-
-
-def _open_cache(cache: Any) -> tuple[list[str], list[Any]]:
-    keys: list[str] = []
-    tensors: list[Any] = []
-    for number, layer in enumerate(getattr(cache, "layers", ())):
-        for part in ("keys", "values"):
-            keys.append(f"{number}.{part}")
-            tensors.append(getattr(layer, part, None))
-    return keys, tensors
-
-
-def _build_cache(tree: Tree, members: list[Any]) -> Any:
-    """The cache with these very tensors (its own way to take some, ``update``, would concatenate them)."""
-    cache = _class(tree)()
-    for keys, values in zip(members[::2], members[1::2], strict=True):
-        if keys is not None:
-            layer = cache.layer_class_to_replicate()
-            layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
-            layer.is_initialized = True
-            cache.layers.append(layer)
-    return cache
-
-
-def _class(tree: Tree) -> Any:
-    module, _, qualname = tree.name.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    return found
-
-
 def _build_fields(tree: Tree, members: list[Any]) -> Any:
-    return _class(tree)(**dict(zip(tree.keys, members, strict=True)))
+    return find_class(tree.name)(**dict(zip(tree.keys, members, strict=True)))
 
 
 _BUILDERS: dict[str, Callable[[Tree, list[Any]], Any]] = {
     "tuple": lambda tree, members: tuple(members),
     "list": lambda tree, members: members,
     "dict": lambda tree, members: dict(zip(tree.keys, members, strict=True)),
-    "namedtuple": lambda tree, members: _class(tree)(*members),
-    "structseq": lambda tree, members: _class(tree)(members),
+    "namedtuple": lambda tree, members: find_class(tree.name)(*members),
+    "structseq": lambda tree, members: find_class(tree.name)(members),
     "fields": _build_fields,
-    "cache": _build_cache,
+    "object": lambda tree, members: build(find_class(tree.name), dict(zip(tree.keys, members, strict=True))),
+    "constant": lambda tree, members: constant(tree.name),
 }

@@ -8,7 +8,7 @@ memory is used later, the memory itself is changed. In the end each site knows i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -43,11 +43,13 @@ class Weave(Pass):
         add_4 = aten.add.Tensor(alias_5, user_mul)       # f32[batch, length, 64]  h.0
 
     intervention: recorded on this program.
+    keeps: whether the caches that the forward is given are returned after the saves and updates, as it leaves them.
 
     Raises: CausalityError when a written value depends, through the model, on the place it is written to.
     """
 
     intervention: Intervention = field(repr=False)
+    keeps: bool = False
 
     @property
     def label(self) -> str:
@@ -59,10 +61,11 @@ class Weave(Pass):
         """Inline the body, settle every site, return the saves."""
         asked = self.intervention
         body = _inline(editor, asked)
-        _Loom(editor, asked, body).weave()
+        left = _Loom(editor, asked, body).weave(editor.program.book.left if self.keeps else ())
         tree, leaves, nodes = _results(asked.saves, body)
         nodes += [body[value] for _, value in asked.updates]
         nodes += _backwards(editor, asked, body)
+        nodes += left
         editor.returns(nodes, outputs=tree, output_leaves=leaves)
         _settle_reads(editor, body, asked.reads)
         cancel_stacks(editor)
@@ -164,9 +167,10 @@ class _Loom:
         self.by_source: dict[fx.Node, list[Site]] = {}
         self.changed = set(mutated_storages(self.model))
 
-    def weave(self) -> None:
-        """Put all writes in, then redirect the uses."""
+    def weave(self, left: Sequence[str]) -> list[fx.Node]:
+        """Put all writes in, then redirect the uses.  Returns: what some nodes are in the end."""
         self._find_sites()
+        last = [self._add_site(self.editor.output, self._node(name), float("inf")) for name in left]
         reads = [
             self._add_site(self.body[r.name], self._node(r.location.node), r.location.since) for r in self.asked.reads
         ]
@@ -178,7 +182,8 @@ class _Loom:
             (self._in_place if write.in_place else self._assign)(write, here)
         for site in reads:
             site.user.meta.update(value=self._snapshot(site), live=site.value)
-        self._redirect({site for _, site in writes} | set(reads))
+        self._redirect({site for _, site in writes} | set(reads) | set(last))
+        return [site.value for site in last]
 
     # -- sites -------------------------------------------------------------------------------------------------------
 
