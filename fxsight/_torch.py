@@ -123,6 +123,25 @@ def honest_sizes() -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def unnoticed_export() -> Generator[None]:
+    """While a model's forward is exported: it is not told so, and does what it does in a plain call.
+
+    Reason: models ask ``torch.compiler.is_exporting()`` and then choose other kernels (transformers' attention over a
+    cache does), with other bits; the flags behind it are private (2.7+). Only inside the module's own call.
+    """
+    compiler: Any = torch.compiler
+    names = [name for name in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(compiler, name)]
+    before = {name: getattr(compiler, name) for name in names}
+    try:
+        for name in names:
+            setattr(compiler, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(compiler, name, value)
+
+
+@contextmanager
 def quiet_export() -> Generator[None]:
     """While exporting: what torch reports to those who write an exportable model is not said.
 

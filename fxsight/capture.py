@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,11 +122,13 @@ Shapes = tuple[Any, ...]  # per input, its free dimensions
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to export: example tensors, their free dimensions, and whether with transformers' patches."""
+    """One way to export: example tensors, their free dimensions, whether with transformers' patches, and whether the
+    model knows that it is exported."""
 
     tensors: tuple[Any, ...]
     shapes: Shapes
     patched: bool = False
+    noticed: bool = True
 
 
 def _plans(module: nn.Module, given: list[Any], is_step: bool) -> Iterator[Plan]:
@@ -138,6 +140,9 @@ def _plans(module: nn.Module, given: list[Any], is_step: bool) -> Iterator[Plan]
     tensors = tuple(int(t) if isinstance(t, int) else t for t in given)
     examples = tuple(map(_pair, tensors)) if rows == {1} else tensors  # a batch of one is shown as a batch of two
     free, outer = tuple(_dims(t, 9, is_step) for t in given), tuple(_dims(t, 2, is_step) for t in given)
+    if is_step:  # models over caches choose their kernels by it
+        yield Plan(examples, free, noticed=False)
+        yield Plan(tensors, free, noticed=False)
     yield Plan(examples, free)
     yield Plan(tensors, free)
     yield Plan(examples, outer)
@@ -176,6 +181,7 @@ def _export(flat: _Flat, plan: Plan) -> torch.export.ExportedProgram:
         stack.enter_context(torch.random.fork_rng(devices=[]))  # a capture draws nothing from the user's numbers
         if plan.patched:
             stack.enter_context(_transformers_patches(flat.module))
+        flat.noticed = plan.noticed
         shapes = {"leaves": plan.shapes} if plan.tensors else None
         return torch.export.export(flat, plan.tensors, strict=False, dynamic_shapes=shapes)
 
@@ -197,6 +203,7 @@ class _Flat(nn.Module):
         super().__init__()
         self.module = module
         self.inputs, self.leaves, self.scribe, self.method = inputs, leaves, scribe, method
+        self.noticed = True  # see ``Plan``
         # What the call returned is kept in the scribe: export takes back what a module keeps while it traces.
         self.train(module.training)
 
@@ -211,11 +218,8 @@ class _Flat(nn.Module):
         pasts = tuple(pasts_in((args, kwargs)))
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         try:
-            with self.scribe.watching():
-                is_forward = self.method == "forward"
-                output = (
-                    self.module(*args, **kwargs) if is_forward else self.scribe.call_method(self.method, args, kwargs)
-                )
+            with self.scribe.watching(), nullcontext() if self.noticed else _torch.unnoticed_export():
+                output = self._call(args, kwargs)
             self._write_back(buffers)
         except Exception as error:
             raise _Stopped(error) from error
@@ -225,6 +229,10 @@ class _Flat(nn.Module):
         self.scribe.returned = (tree, others)
         left = self.scribe.leave(pasts) if pasts else []  # returned, too: export drops what nothing returns
         return (*(x for x, is_value in zip(found, values, strict=True) if is_value), *left)
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
+        is_forward = self.method == "forward"
+        return self.module(*args, **kwargs) if is_forward else self.scribe.call_method(self.method, args, kwargs)
 
     def _write_back(self, before: Mapping[str, torch.Tensor]) -> None:
         """A tensor put in the place of a buffer is copied into the buffer: a program knows buffers by name."""

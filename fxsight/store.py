@@ -118,7 +118,9 @@ def decode(data: bytes, name: str) -> Program:
         if any(file_hash(file) != was for file, was in entry["sources"].items()):
             raise ValueError("the model's code has changed")
         names = None if entry["names"] is None else frozenset(entry["names"])
-        after = Structure.from_json(json.loads(archive.read("after.json"))) if "after.json" in archive.namelist() else None
+        after = (
+            Structure.from_json(json.loads(archive.read("after.json"))) if "after.json" in archive.namelist() else None
+        )
         book = Book(tuple(map(Call.from_json, json.loads(archive.read("book.json")))), names, after)
         layouts = entry["literals"].items()
         literals = {key: _tensor(archive.read(f"literals/{key}"), like) for key, like in layouts}

@@ -12,7 +12,7 @@ import difflib
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from fxsight.book import Book, Call, Ref, Structure
 from fxsight.lower import eager
-from fxsight.node import Binding, tensor_spec
+from fxsight.node import Binding, InputLeaf, tensor_spec
 from fxsight.parse import parse_program
 from fxsight.program import Program
 from fxsight.rewrite import Pass
 from fxsight.run import Weights
-from fxsight.spec import TensorSpec
+from fxsight.spec import SizeSpec, TensorSpec, number
 from fxsight.text import node_line
 from fxsight.tree import LEAF, Tree, flatten
 from fxsight.verify import verify
@@ -131,7 +131,13 @@ def random_inputs(program: Program, seed: int = 0) -> list[Any]:
     sizes = {s.name: max(s.low, 2) + rng.randrange(4) for s in program.sizes}
     generator = torch.Generator().manual_seed(seed)
     leaves = program.input_leaves
-    return [_random(x.at(sizes), generator) if isinstance(x, TensorSpec) else x.value for x in leaves]
+    return [_input(leaf, sizes, generator) for leaf in leaves]
+
+
+def _input(leaf: InputLeaf, sizes: Mapping[str, int], generator: torch.Generator) -> Any:
+    if isinstance(leaf, TensorSpec):
+        return _random(leaf.at(sizes), generator)
+    return number(leaf.expr, sizes) if isinstance(leaf, SizeSpec) else leaf.value
 
 
 def _argument(program: Program, name: str, binding: Binding, leaves: Inputs, module: nn.Module | None) -> Any:
