@@ -92,11 +92,11 @@ def _same_text(what: str, expected: str, found: str) -> None:
 
 def _same_numbers(label: str, found: Sequence[Any], expected: Sequence[Any], tolerance: float) -> None:
     assert len(found) == len(expected), f"{label}: it returns {len(found)} values, not {len(expected)}; give equals=..."
-    for number, pair in enumerate(zip(found, expected, strict=True)):
+    for place, pair in enumerate(zip(found, expected, strict=True)):
         try:
             torch.testing.assert_close(*pair, rtol=tolerance, atol=tolerance, equal_nan=True)
         except AssertionError as error:
-            raise AssertionError(f"{label}: value {number}: {error}") from None
+            raise AssertionError(f"{label}: value {place}: {error}") from None
 
 
 # -- running ---------------------------------------------------------------------------------------------------------
