@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
-from fxsight.book import Const, Ref, SizeRef
+from fxsight.book import Const, Leaf, Ref, SizeRef, Structure, Weight
 from fxsight.errors import TraceError
+from fxsight.intervention import Save
+from fxsight.node import Fixed
 from fxsight.past import pasts_in, restore
 from fxsight.program import Program
 from fxsight.sizes import bind_sizes
 from fxsight.spec import number, parse_dims
+from fxsight.tree import LEAF, Tree
 
 
 def leave_pasts(program: Program, call: Any, leaves: Sequence[Any], left: Sequence[torch.Tensor]) -> None:
@@ -20,27 +25,93 @@ def leave_pasts(program: Program, call: Any, leaves: Sequence[Any], left: Sequen
 
     leaves: of the call.  left: the tensors in the caches afterwards (``Book.left``).
     """
-    for past, now in zip(pasts_in(call), pasts_after(program, leaves, left), strict=True):
+    after = program.book.after
+    assert after is not None
+    has_counts = any(isinstance(leaf, SizeRef) for leaf in after.leaves)
+    sizes = bind_sizes(program, leaves) if has_counts else {}
+    for past, now in zip(pasts_in(call), pasts_after(program, sizes, left), strict=True):
         restore(past, now)
 
 
-def pasts_after(program: Program, leaves: Sequence[Any], left: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+def pasts_after(program: Program, sizes: Mapping[str, int], left: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     """The caches that a call is given, as it leaves them."""
     after, tensors = program.book.after, iter(left)
     assert after is not None
-    sizes = None
-    members: list[Any] = []
-    for leaf in after.leaves:
-        if isinstance(leaf, SizeRef) and sizes is None:
-            sizes = bind_sizes(program, leaves)
-        match leaf:
-            case Ref():
-                members.append(next(tensors))
-            case Const(value):
-                members.append(value)
-            case SizeRef(expr):
-                members.append(number(parse_dims(expr)[0], sizes or {}))
-            case _:
-                raise TraceError(f"the forward leaves {leaf} in a cache, and a program cannot make that")
-    found: tuple[Any, ...] = after.tree.build(members)
+    found: tuple[Any, ...] = after.tree.build([_member(leaf, tensors, sizes) for leaf in after.leaves])
+    return found
+
+
+def _member(leaf: Leaf, tensors: Iterator[Any], sizes: Mapping[str, int]) -> Any:
+    match leaf:
+        case Ref():
+            return next(tensors)
+        case Const(value):
+            return value
+        case SizeRef(expr):
+            return number(parse_dims(expr)[0], sizes)
+        case _:
+            raise TraceError(f"the forward leaves {leaf} in a cache, and a program cannot make that")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """In what a module returns: cache number ``number`` of those that it was given."""
+
+    number: int
+
+
+class Returned:
+    """What a module returns, to be built from a run: the caches in it are those of the call, and not computed twice."""
+
+    def __init__(self, program: Program) -> None:
+        output = program.book.calls[0].output
+        self._leaves: list[tuple[int, Leaf | Kept]] = []
+        self._tree = self._walk(output.tree, list(enumerate(output.leaves)), _caches(program.book.after))
+
+    @property
+    def count(self) -> int:
+        """How many tensors it takes."""
+        return sum(isinstance(leaf, Ref) for _, leaf in self._leaves)
+
+    def save(self, node_at: Callable[[int], fx.Node]) -> Save:
+        """What a program is to keep for it.  node_at: the node of a leaf of the module's output."""
+        names = tuple(node_at(i).name if isinstance(leaf, Ref) else Fixed(None) for i, leaf in self._leaves)
+        return Save(self._tree, names)
+
+    def build(self, tensors: Sequence[Any], call: Any, sizes: Mapping[str, int], weight: Callable[[str], Any]) -> Any:
+        """The module's output.  tensors: those of ``save``.  call: the arguments, whose caches are in it."""
+        given, pasts = iter(tensors), tuple(pasts_in(call))
+        made: list[Any] = []
+        for _, leaf in self._leaves:
+            if isinstance(leaf, Kept):
+                made.append(pasts[leaf.number])
+            else:
+                made.append(weight(leaf.name) if isinstance(leaf, Weight) else _member(leaf, given, sizes))
+        return self._tree.build(made)
+
+    def _walk(self, tree: Tree, leaves: list[tuple[int, Leaf]], pasts: Sequence[tuple[Tree, list[Leaf]]]) -> Tree:
+        if tree.kind == "object":
+            known = (i for i, past in enumerate(pasts) if past == (tree, [leaf for _, leaf in leaves]))
+            place = next(known, None)
+            if place is not None:
+                self._leaves.append((leaves[0][0], Kept(place)))
+                return LEAF
+        if tree.kind == "leaf":
+            self._leaves += leaves
+            return tree
+        children: list[Tree] = []
+        for child in tree.children:
+            children.append(self._walk(child, leaves[: child.size], pasts))
+            leaves = leaves[child.size :]
+        return Tree(tree.kind, tree.name, tree.keys, tuple(children))
+
+
+def _caches(after: Structure | None) -> list[tuple[Tree, list[Leaf]]]:
+    """Shape and leaves of each cache."""
+    if after is None:
+        return []
+    leaves, found = list(after.leaves), []
+    for child in after.tree.children:
+        found.append((child, leaves[: child.size]))
+        leaves = leaves[child.size :]
     return found

@@ -1,0 +1,136 @@
+"""Which calls a method such as ``generate`` will make of its module: found by running it with nothing computed.
+
+The method runs on a twin of the module whose forward answers with tensors of the right shapes and no meaning. So it is
+known what each step is given before anything is generated: its program and its sizes. Nothing of the user's is called,
+no random number is drawn, and an answer never ends the generation early.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxsight.captures import Captures
+from fxsight.leave import Returned, pasts_after
+from fxsight.node import binding_of
+from fxsight.past import pasts_in, restore
+from fxsight.program import Program
+from fxsight.rows import Call
+from fxsight.spec import TensorSpec, number
+from fxsight.tree import Tree, flatten
+from fxsight.twin import twin
+
+_OBSERVERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+_NEVER = -1e9  # the logit of a token that would end the generation
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of one step: its program and sizes, and what its inputs are like."""
+
+    program: Program
+    sizes: Mapping[str, int]
+    tree: Tree
+    kinds: tuple[Any, ...]
+
+
+def rehearse(captures: Captures, method: str, call: Call) -> list[Known]:
+    """The steps that ``module.method(*args, **kwargs)`` makes, at most.
+
+    Raises: what the method raises for these arguments; CaptureError.
+    """
+    args, kwargs = call
+    kwargs = {name: value for name, value in kwargs.items() if name not in _OBSERVERS}
+    never = _ends(captures.module, kwargs)
+    steps: list[Known] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        program, sizes = captures.find(args, kwargs)
+        leaves, tree = flatten((args, kwargs))
+        steps.append(Known(program, sizes, tree, kinds_of(leaves)))
+        return _answer(program, sizes, (args, kwargs), leaves, never, captures.weight)
+
+    with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        getattr(twin(captures.module, forward), method)(*args, **kwargs)
+    return steps
+
+
+def kinds_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """What a program and its sizes depend on of inputs."""
+    return tuple((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in leaves)
+
+
+def _ends(module: nn.Module, kwargs: Mapping[str, Any]) -> list[int]:
+    """The tokens that end a generation."""
+    places = (
+        kwargs,
+        vars(kwargs.get("generation_config") or object),
+        vars(getattr(module, "generation_config", object)),
+    )
+    found = (place.get("eos_token_id") for place in places)
+    return [int(i) for ids in found if ids is not None for i in torch.as_tensor(ids).reshape(-1)]
+
+
+def _answer(
+    program: Program,
+    sizes: Mapping[str, int],
+    call: Call,
+    leaves: Sequence[Any],
+    never: Sequence[int],
+    weight: Callable[[str], torch.Tensor],
+) -> Any:
+    """What the module returns, in shape; the caches of the call are as large as it leaves them."""
+    left = [_tensor(program.nodes[name], sizes, leaves) for name in program.book.left]
+    for past, now in zip(pasts_in(call), pasts_after(program, sizes, left) if left else (), strict=False):
+        restore(past, now)
+    returned = Returned(program)
+    output = program.book.calls[0].output.leaves
+    made: list[Any] = []
+    returned.save(lambda i: _collect(made, program.nodes[output[i].node]))  # type: ignore[union-attr]
+    tensors = [_tensor(node, sizes, leaves) for node in made]
+    answer = returned.build(tensors, call, sizes, weight)
+    logits = getattr(answer, "logits", None)
+    for token in never if isinstance(logits, torch.Tensor) else ():
+        if 0 <= token < logits.shape[-1]:
+            logits[..., token] = _NEVER
+    return answer
+
+
+def _collect(made: list[fx.Node], node: fx.Node) -> fx.Node:
+    made.append(node)
+    return node
+
+
+def _tensor(node: fx.Node, sizes: Mapping[str, int], leaves: Sequence[Any]) -> Any:
+    if node.op == "placeholder" and binding_of(node).kind == "input":
+        return leaves[int(binding_of(node).key)]  # changed in place
+    spec = node.meta["spec"]
+    if not isinstance(spec, TensorSpec):
+        return number(spec.expr, sizes)
+    return torch.zeros([number(d, sizes) for d in spec.shape], dtype=spec.dtype, device=spec.device)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """What transformers has to say, it says when the generation runs."""
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("transformers")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.addFilter(_nothing)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
