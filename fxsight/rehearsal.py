@@ -96,7 +96,7 @@ def _answer(
     returned.save(lambda i: _collect(made, program.nodes[output[i].node]))  # type: ignore[union-attr]
     tensors = [_tensor(node, sizes, leaves) for node in made]
     answer = returned.build(tensors, call, sizes, weight)
-    logits = getattr(answer, "logits", None)
+    logits: Any = getattr(answer, "logits", None)
     for token in never if isinstance(logits, torch.Tensor) else ():
         if 0 <= token < logits.shape[-1]:
             logits[..., token] = _NEVER
