@@ -376,7 +376,7 @@ class Body:
             else:
                 self.constants.append(tensor)
                 # A tensor with as many rows as the batch has now: it would not fit another batch.
-                self.fitted |= {name for name, size in self.sizes.items() if size > 1 and size in tensor.shape}
+                self.fitted |= {name for name, size in self.sizes.items() if size > 1 and size in spec.shape}
                 self._versions.append(None if isinstance(tensor, Value) else _torch.version(tensor))
             known = self._given[id(tensor)] = (node, tensor)
         return known[0]

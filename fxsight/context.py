@@ -29,7 +29,13 @@ def here() -> Here:
 
 
 def open_trace(model: object) -> Any:
-    """The open trace of a model (told by what its captures share); None outside."""
+    """The open trace of a model (told by what its captures share), of a generation the present step; None outside."""
+    block = open_block(model)
+    return None if block is None else block.now
+
+
+def open_block(model: object) -> Any:
+    """The open trace of a model, or its open generation; None outside."""
     for trace in _HERE.get().traces:
         if trace.captures.shared is model:
             return trace

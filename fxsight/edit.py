@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,12 @@ class Edit:
     def addresses(self) -> tuple[Address, ...]:
         """The written places, in the order in which they were first used."""
         return tuple(dict.fromkeys(write.location.address for write in self.asked.writes))
+
+    @cached_property
+    def used(self) -> tuple[Address, ...]:
+        """The places that it reads or writes."""
+        reads = [read.location.address for read in self.asked.reads]
+        return tuple(dict.fromkeys([*reads, *(write.location.address for write in self.asked.writes)]))
 
     @property
     def title(self) -> str:

@@ -8,13 +8,36 @@ from typing import Any
 
 from torch import nn
 
+from fxsight.context import open_block
 from fxsight.edit_text import edits_of
+from fxsight.errors import TraceError
+from fxsight.generation import Generation
 from fxsight.loading import Pending, Source
 from fxsight.model import Model
 from fxsight.plan import Plan
 from fxsight.prompts import Prompts
 from fxsight.rename import Rename
+from fxsight.repertoire import Repertoire
+from fxsight.running import BACKENDS
 from fxsight.tokens import Tokens
+
+
+class Generator:
+    """The method that generates, as if it were a module."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+
+    @property
+    def output(self) -> Any:
+        """All ids, prompt included: i64[batch, length].
+
+        Raises: TraceError outside a generation.
+        """
+        generation = open_block(self._model._captures.shared)
+        if not isinstance(generation, Generation):
+            raise TraceError("model.generator.output has a value only inside a generation: with model.generate(...):")
+        return generation.result
 
 
 class LanguageModel(Model):
@@ -70,6 +93,7 @@ class LanguageModel(Model):
         is_given = source is None and not isinstance(tokenizer, (str, os.PathLike))
         self.__dict__["_inputs"] = Prompts(module, tokenizer if is_given else found.tokenizer(tokenizer))
         self.__dict__["_weights"] = Pending(module, source)
+        self.__dict__["_repertoire"] = Repertoire()
         if import_edits:
             own_name = type(module).__name__ if source is None else source.name
             self.import_edits(import_edits if isinstance(import_edits, str) else own_name)
@@ -114,6 +138,31 @@ class LanguageModel(Model):
         self.dispatch()
         args, kwargs = self._inputs.prepare(args, kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
+
+    def generate(self, *args: Any, backend: Any = "auto", trace: Any = True, **kwargs: Any) -> Any:
+        """A block over all steps of a generation: ``with model.generate("Hello", max_new_tokens=3) as tracer:``.
+
+        args: prompts.  kwargs: of the ``generate`` of ``transformers``, which drives.
+        backend: as for ``trace``.  trace: False for no block: simply the result, with the edits of this model.
+
+        Raises: TraceError for an unknown backend or no prompt; what ``generate`` raises for its arguments.
+        """
+        if backend not in BACKENDS:
+            raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
+        if not self._inputs.are_given(args, kwargs):
+            raise TraceError("generate needs a prompt: model.generate('Hello', max_new_tokens=3)")
+        self.dispatch()
+        given, tokens = self._inputs.prepare(args, {})
+        call = (given, {**tokens, **kwargs})
+        if not trace and not self._edits and backend != "inductor":
+            return self._module.generate(*given, **call[1])
+        generation = Generation(self._captures, call, backend, self._edits, self._repertoire)
+        return generation if trace else generation.alone()
+
+    @property
+    def generator(self) -> Generator:
+        """What a generation returns, inside its block: ``model.generator.output`` are the ids."""
+        return Generator(self)
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return ([[0] * 8] * 2,), {}

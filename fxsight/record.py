@@ -116,6 +116,8 @@ class Recorder:
         self.phase: Phase = "open"
         self.line: Callable[[], str] = user_line  # of the statement that is written down
         self.has_warned = False
+        self.series: tuple[object, int] | None = None  # the generation that the block is a step of, and which
+        self.unreached = ""  # why the block did not run at all
         self.rows: Rows | None = None
         self.on_edit: Callable[[Location, fx.Node], None] = lambda location, node: None
         self.on_row: Callable[[Value, int], None] = lambda value, key: None
@@ -390,7 +392,7 @@ class Recorder:
 
     def why_unset(self, cell: Cell) -> str:
         """Why a value has no number though it was saved; empty when there is no reason known."""
-        return self._unset.get(cell, "")
+        return self._unset.get(cell, "") or self.unreached
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

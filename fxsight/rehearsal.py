@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.leave import Returned, pasts_after
 from fxsight.node import binding_of
@@ -33,16 +34,24 @@ _NEVER = -1e9  # the logit of a token that would end the generation
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What is known of one step: its program and sizes, and what its inputs are like."""
+    """What is known of one step: its program and sizes, and what its inputs are like.
+
+    marks: the names of the sizes on which the values at a port depend, as far as asked; shared by steps of a program.
+    calls_module: False for what comes after the last call.
+    """
 
     program: Program
     sizes: Mapping[str, int]
     tree: Tree
     kinds: tuple[Any, ...]
+    marks: dict[tuple[Address, str], tuple[str, ...]]
+    calls_module: bool = True
 
 
-def rehearse(captures: Captures, method: str, call: Call) -> list[Known]:
-    """The steps that ``module.method(*args, **kwargs)`` makes, at most.
+def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], tuple[int, int] | None, str]:
+    """The steps that ``module.method(*args, **kwargs)`` makes, at most; shape and device of the ids that it returns.
+
+    No shape where it returns more than ids.
 
     Raises: what the method raises for these arguments; CaptureError.
     """
@@ -50,16 +59,19 @@ def rehearse(captures: Captures, method: str, call: Call) -> list[Known]:
     kwargs = {name: value for name, value in kwargs.items() if name not in _OBSERVERS}
     never = _ends(captures.module, kwargs)
     steps: list[Known] = []
+    marks: dict[int, dict[tuple[Address, str], tuple[str, ...]]] = {}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         program, sizes = captures.find(args, kwargs)
         leaves, tree = flatten((args, kwargs))
-        steps.append(Known(program, sizes, tree, kinds_of(leaves)))
+        steps.append(Known(program, sizes, tree, kinds_of(leaves), marks.setdefault(id(program), {})))
         return _answer(program, sizes, (args, kwargs), leaves, never, captures.weight)
 
     with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        getattr(twin(captures.module, forward), method)(*args, **kwargs)
-    return steps
+        returned = getattr(twin(captures.module, forward), method)(*args, **kwargs)
+    if not isinstance(returned, torch.Tensor):
+        return steps, None, ""
+    return steps, (returned.shape[0], returned.shape[1]), str(returned.device)
 
 
 def kinds_of(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -136,7 +136,7 @@ class Running:
         recorder.has_warned |= any(said)
         known = [*constants, *self._known.values()]
         shared = self.captures.executable(
-            self._captured, asked, constants, self._tier(), self._sizes, self._use_known()
+            self._captured, asked, [], self._tier(), self._sizes, self._use_known()
         )
         self._executable = shared.bound(known, bool(self._known))
         self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]

@@ -50,6 +50,11 @@ class Tracer(Running):
     tier: how the values were computed: "eager" (bitwise the model's own) or "inductor" (``lower.TOLERANCE``).
     """
 
+    @property
+    def now(self) -> Tracer:
+        """What reads and writes go to: the trace itself, or a step of it."""
+        return self
+
     # -- the block ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
@@ -160,12 +165,16 @@ class Tracer(Running):
         for leaf in values_in(value):
             check_usable(leaf.cell)
             if leaf.cell.recorder.is_open and leaf.cell.recorder is not recorder:
-                raise TraceError(
-                    f"{place.address.at(port)} is written {leaf.cell.what}, a value of another trace; "
-                    "save it there and write it after that block"
-                )
+                self._check_foreign(leaf, place.address.at(port))
         for location, leaf in check_write(recorder, place, port, value):
             self._write_leaf(location, leaf)
+
+    def _check_foreign(self, value: Value, address: Address) -> None:
+        """Raises: TraceError for a value of another open block that is written here."""
+        raise TraceError(
+            f"{address} is written {value.cell.what}, a value of another trace; "
+            "save it there and write it after that block"
+        )
 
     def do_edit(self, edit: Edit) -> None:
         """All statements of an edit, written down."""
@@ -229,6 +238,10 @@ class Tracer(Running):
         """End the block here: what comes after it in the block is not done, and nothing only it needs is run."""
         self.check_alive()
         raise Stopped(self)
+
+    def to_next(self, path: str) -> None:
+        """Raises: TraceError: a trace has one step."""
+        raise TraceError(f"{path or 'the model'}.next(): a trace has one step; steps are model.generate(...)'s")
 
     def check_alive(self) -> None:
         """In a branch not taken: end the branch, where something asks for the end of the block or of the session."""

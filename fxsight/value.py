@@ -85,6 +85,11 @@ class Recording(Protocol):
         ...
 
     @property
+    def series(self) -> tuple[object, int] | None:
+        """The generation that the block is a step of, and which; None for a block of its own."""
+        ...
+
+    @property
     def is_open(self) -> bool:
         """Whether the block is still being written."""
         ...
@@ -272,6 +277,8 @@ def _owner(values: list[Value]) -> Recording | None:
     owners = {id(v.cell.recorder): v.cell.recorder for v in values if v.cell.recorder.is_open}
     for value in values:
         check_usable(value.cell)
+    if len(owners) > 1 and one_series(owners.values()):
+        return max(owners.values(), key=lambda owner: owner.series[1] if owner.series is not None else 0)
     if len(owners) > 1:
         raise TraceError(
             f"values of two traces in one call: {', '.join(str(v.cell.what) for v in values)}; "
@@ -281,6 +288,12 @@ def _owner(values: list[Value]) -> Recording | None:
         return next(iter(owners.values()))
     traces = here().traces
     return traces[-1].recorder if traces else None
+
+
+def one_series(owners: Iterable[Recording]) -> bool:
+    """Whether blocks are steps of one generation; then the latest records what is done with values of several."""
+    series = [owner.series for owner in owners]
+    return all(s is not None and series[0] is not None and s[0] is series[0][0] for s in series)
 
 
 def _is_known(func: Any) -> bool:
@@ -330,6 +343,7 @@ class Ended:
     """Stands for the recorder of a block that has ended."""
 
     is_open = is_waiting = False
+    series = None
 
     def why_unset(self, cell: Cell) -> str:
         """Nothing is known but that it was not saved."""

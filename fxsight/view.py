@@ -108,6 +108,15 @@ class View:
         """
         self._open("output").skip(self.address, value)
 
+    def next(self) -> View:
+        """In a generation: from here on the module, and all below it, is meant at the step after the present one.
+
+        Returns: this view.
+        Raises: TraceError outside a generation.
+        """
+        self._open("output").to_next(self._path)
+        return self
+
     def __call__(self, *args: Any, hook: Any = None, **kwargs: Any) -> Any:
         """The module itself, on tensors or on values of a trace; its parameters are shared, not copied.
 

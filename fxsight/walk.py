@@ -131,10 +131,18 @@ _LEAVING = NUMBERS | STATEMENTS | {"__set__", "nonzero", "argwhere", "masked_sel
 class Walk:
     """One body on its way.
 
-    root: where it begins.  names: of the model's weights by ``id``.
+    root: where it begins.  names: of the model's weights by ``id``.  mark: what the spec of a value at a port depends
+    on of the sizes, for a tree that bodies at several sizes share.
     """
 
-    def __init__(self, trace: Slow, root: Step, names: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        trace: Slow,
+        root: Step,
+        names: Mapping[int, str],
+        mark: Callable[[Any, str], tuple[int, ...]] = lambda address, port: (),
+    ) -> None:
+        self._mark = mark
         self._trace: Slow | None = trace
         self._names = names
         self.step: Step | None = root
@@ -160,12 +168,12 @@ class Walk:
 
     def read(self, address: Any, port: str) -> Any:
         """The value at a port of a place."""
-        return self._statement(("read", address, port), "read", (address, port))
+        return self._statement(("read", address, port, self._mark(address, port)), "read", (address, port))
 
     def write(self, address: Any, port: str, value: Any) -> None:
         """Another value for a port of a place."""
         try:
-            key = ("write", address, port, self._key(value))
+            key = ("write", address, port, self._mark(address, port), self._key(value))
         except Unknown:
             self.leave_for("write", (address, port, value))
             return
@@ -173,7 +181,8 @@ class Walk:
 
     def edit(self, edit: Edit) -> None:
         """All statements of an edit: one step, for all edits that differ in the numbers of their tensors alone."""
-        key = ("edit", edit.asked, tuple(map(self._tensor_key, edit.tensors)))
+        marks = tuple(self._mark(address.place, address.port) for address in edit.used)
+        key = ("edit", edit.asked, marks, tuple(map(self._tensor_key, edit.tensors)))
         self._statement(key, "edit", (edit,))
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -447,7 +456,7 @@ class Walk:
         if self.step is None or -1 in numbers or -1 in results:
             return
         pairs = {value: place for place, value in reversed(list(enumerate(results)))}
-        self.step.finish = Finish(executable, tuple(numbers), tuple(pairs.items()))
+        self.step.finish = Finish(executable.bound([], False), tuple(numbers), tuple(pairs.items()))
 
     def end(self) -> None:
         """The block has ended: nothing but names for messages is kept."""

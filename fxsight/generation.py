@@ -1,0 +1,283 @@
+"""``with model.generate(prompt, max_new_tokens=3) as tracer``: a block over all steps of a generation.
+
+The body runs once, before anything is generated. Each step is a trace of its own (``step``), over the program of that
+call of the module; which calls there will be is known from a rehearsal. When the block ends, the module's own method
+generates, on a twin of the module whose forward hands each call to its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+
+from fxsight.address import Address
+from fxsight.captures import Captures
+from fxsight.containers import list as SavedList
+from fxsight.containers import thaw
+from fxsight.context import enter_trace, here, leave_trace
+from fxsight.cursor import Cursor, Iterations, Steps
+from fxsight.edit import Edit
+from fxsight.errors import TraceError
+from fxsight.program import Program
+from fxsight.record import Recorder
+from fxsight.rehearsal import Known
+from fxsight.repertoire import Repertoire
+from fxsight.rows import Call
+from fxsight.running import Backend
+from fxsight.step import Step
+from fxsight.stepping import StepEdit
+from fxsight.tracer import Tracer
+from fxsight.twin import twin
+from fxsight.value import Value, values_in
+from fxsight.walk import Step as Way
+
+
+class Generation:
+    """The block of one generation.
+
+    call: arguments of the method, prompts already tokens.  method: of the module, ``generate``.
+    result: in the block the ids that are generated, i64[batch, length]; after it what the method has returned.
+    """
+
+    def __init__(
+        self,
+        captures: Captures,
+        call: Call,
+        backend: Backend,
+        edits: Sequence[Edit],
+        repertoire: Repertoire,
+        method: str = "generate",
+    ) -> None:
+        self.captures, self.backend, self.edits, self.method = captures, backend, edits, method
+        self.cursor = Cursor()
+        self.position = 0
+        self._call, self._repertoire = call, repertoire
+        self._steps: dict[int, Step] = {}
+        self._template: Tracer | None = None
+        self._saved: list[Any] = []
+        self._made = 0
+        self._returned: Any = None
+        self._has_ended = False
+
+    # -- the block ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Generation:
+        if here().session is not None:
+            raise TraceError("generate inside a session: write it after the session, or before")
+        self._score = self._repertoire.of(self.captures, self.method, self._call)
+        enter_trace(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        leave_trace(self)
+        try:
+            if error is None:
+                self._end()
+        finally:
+            for step in self._steps.values():
+                step.end()
+            self._steps.clear()
+            self._saved.clear()
+            self._has_ended = True
+
+    def _end(self) -> None:
+        self._keep_containers()
+        for step in self._steps.values():
+            step.close()
+        self._returned = self.run()
+        self._drop_unreached()
+
+    def alone(self) -> Any:
+        """Without a block: what the method returns, with the edits of the model."""
+        with self:
+            pass
+        return self._returned
+
+    def run(self) -> Any:
+        """Let the module's method generate, each step with what was said of it.  Returns: what the method returns."""
+        wanted: dict[int, list[Value]] = {}
+        for step in self._steps.values():
+            for value in step.foreign:
+                series = value.cell.recorder.series
+                if series is not None:
+                    wanted.setdefault(series[1], []).append(value)
+        args, kwargs = self._call
+        returned = getattr(twin(self.captures.module, partial(self._forward, wanted)), self.method)(*args, **kwargs)
+        self._finish(returned, wanted)
+        return returned
+
+    def _forward(self, wanted: Mapping[int, Sequence[Value]], *args: Any, **kwargs: Any) -> Any:
+        number, self._made = self._made, self._made + 1
+        step = self._steps.get(number)
+        if step is None and number < self.count and (self.edits or self.backend == "inductor"):
+            step = self.step(number)
+            step.close()
+        if step is None or number >= self.count:
+            return self.captures.module(*args, **kwargs)
+        return step.drive((args, kwargs), wanted.get(number, ()))
+
+    def _finish(self, returned: Any, wanted: Mapping[int, Sequence[Value]]) -> None:
+        for number, step in self._steps.items():
+            if self._made <= number < self.count:
+                step.unreached(
+                    f"belongs to step {number}, and this generation ended after {self._made} steps, the last of which "
+                    f"is {self._made - 1}: every row had come to its end"
+                )
+        last = self._steps.get(self.count)
+        if last is not None:
+            last.drive(((self._ids(returned),), {}), wanted.get(self.count, ()))
+
+    def _ids(self, returned: Any) -> torch.Tensor:
+        found = returned if isinstance(returned, torch.Tensor) else returned.sequences
+        ids: torch.Tensor = found
+        return ids
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """How many steps there are at most."""
+        return len(self._score.steps)
+
+    def step(self, number: int) -> Step:
+        """One of the steps.
+
+        Raises: TraceError for one that this generation cannot have.
+        """
+        found = self._steps.get(number)
+        if found is None:
+            steps = [*self._score.steps, *([self._score.result] if self._is_result and self._score.result else [])]
+            if number >= len(steps):
+                raise TraceError(
+                    f"step {number}: this generation has {self.count} steps at most, 0 to {self.count - 1}; ask for "
+                    "more with max_new_tokens"
+                )
+            found = self._steps[number] = Step(self, number, steps[number])
+        return found
+
+    _is_result = False
+
+    def root(self, known: Known, line: str) -> Way:
+        """Where bodies begin that begin at a line, over a program."""
+        return self._score.roots.setdefault((id(known.program), line, self.backend == "inductor"), Way())
+
+    @property
+    def now(self) -> Tracer:
+        """The step that is meant now, or what stands for several."""
+        return self._template or self.step(self.cursor.at(""))
+
+    @property
+    def iter(self) -> Iterations:
+        """Steps by number: ``for step in tracer.iter[1:3]:``; ``[2]``, ``[[0, 2]]`` and ``[:]`` as well."""
+        return Iterations(self)
+
+    def all(self) -> Steps:
+        """All steps: ``for step in tracer.all():``."""
+        return Steps(self, slice(None))
+
+    def next(self) -> Generation:
+        """From here on the step after the present one is meant.  Returns: itself."""
+        self.cursor.move("")
+        return self
+
+    def open_template(self, steps: Sequence[int]) -> Callable[[bool], None]:
+        """What is said from now on is an edit of all these steps.  Returns: ends that."""
+        known = self._score.steps[steps[0]] if steps else self._score.steps[0]
+        template = self._template = StepEdit(self, steps[0] if steps else 0, known)
+
+        def leave(is_done: bool) -> None:
+            self._template = None
+            if is_done and steps:
+                for edit in template.made():
+                    for number in steps:
+                        self.step(number).replay(edit)
+
+        return leave
+
+    # -- what users ask ----------------------------------------------------------------------------------------------
+
+    @property
+    def result(self) -> Any:
+        """In the block the ids that are generated, prompt included, i64[batch, length]; after it what was returned.
+
+        Raises: TraceError in the block when more than ids is returned.
+        """
+        if self._has_ended:
+            return self._returned
+        if self._score.result is None:
+            raise TraceError(
+                "this generation returns more than ids (return_dict_in_generate): read tracer.result after the block"
+            )
+        self._is_result = True
+        return Tracer.read(self.step(self.count), Address(""), "output")
+
+    @property
+    def recorder(self) -> Recorder:
+        """What the body is written down in."""
+        return self.now.recorder
+
+    @property
+    def captured(self) -> Program:
+        """The program of the present step."""
+        return self.now.captured
+
+    def at(self, address: str | Address) -> Any:
+        """The place of an address, at the present step."""
+        return self.now.at(address)
+
+    def save(self, value: Any) -> None:
+        """Keep every value of a structure, those put into it later, too."""
+        self._saved.append(value)
+
+    def log(self, *values: Any) -> None:
+        """Print values: those that are known now."""
+        print(*values)
+
+    def cond(self, condition: Any) -> Any:
+        """A block that counts only if a condition holds: one on the step, which is known now."""
+        return self.now.cond(condition)
+
+    def barrier(self, count: int = 0) -> Any:
+        """Accepted, and not needed: values flow between steps as data.  Returns: a function that does nothing."""
+        return lambda: None
+
+    def check_alive(self) -> None:
+        """As in a trace."""
+        self.now.check_alive()
+
+    def stop(self) -> NoReturn:
+        """Raises: TraceError: a generation ends by its own criteria."""
+        raise TraceError("tracer.stop() in a generation: ask for fewer steps with max_new_tokens")
+
+    def cache(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises: TraceError: not there yet."""
+        raise TraceError(
+            "tracer.cache() in a generation is not supported: append to a list, `for step in tracer.all(): "
+            "xs.append(model.layer.output.save())`"
+        )
+
+    def invoke(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises: TraceError: not there yet."""
+        raise TraceError(
+            "tracer.invoke() in a generation is not supported: give all prompts at once, model.generate([a, b]), and "
+            "edit rows, h.output[0:1]"
+        )
+
+    # -- containers --------------------------------------------------------------------------------------------------
+
+    def _keep_containers(self) -> None:
+        for container in self._saved:
+            for value in values_in(thaw(container)):
+                value.save()
+
+    def _drop_unreached(self) -> None:
+        """What a kept list was given at steps that did not run is not in it."""
+        for container in self._saved:
+            if isinstance(container, SavedList):
+                container[:] = [x for x in container if type(x) is not Value]

@@ -1,0 +1,287 @@
+"""One step of a generation: a trace of its own, over the program that this call of the module has."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import fx
+
+from fxsight.address import Address
+from fxsight.become import become
+from fxsight.book import SizeRef
+from fxsight.captures import Captures
+from fxsight.cursor import Cursor
+from fxsight.edit import Edit
+from fxsight.errors import CausalityError, FirstCallWarning, NeedsValueError, NotExecuted, TraceError, UnknownAddress
+from fxsight.inputs import PLAIN
+from fxsight.invoke import Batch
+from fxsight.leave import Returned
+from fxsight.lines import user_line
+from fxsight.place import Location
+from fxsight.record import Recorder
+from fxsight.rehearsal import Known, kinds_of
+from fxsight.rows import Call
+from fxsight.running import Backend
+from fxsight.sizes import bind_sizes
+from fxsight.spec import parse_dims
+from fxsight.tracer import Tracer
+from fxsight.tree import flatten
+from fxsight.value import Value, not_saved
+from fxsight.walk import Step as Way
+from fxsight.walk import Walk
+
+
+class Around(Protocol):
+    """What a step needs of its generation."""
+
+    captures: Captures
+    cursor: Cursor
+    backend: Backend
+    edits: Sequence[Edit]
+
+    def step(self, number: int) -> Step:
+        """One of its steps."""
+        ...
+
+    def root(self, known: Known, line: str) -> Way:
+        """Where bodies begin that begin at a line, over a program."""
+        ...
+
+
+class Step(Tracer):
+    """Step ``number`` of a generation, of which the program and the sizes are known before it runs.
+
+    known: the same for all generations of this kind.
+    """
+
+    def __init__(self, around: Around, number: int, known: Known) -> None:
+        super().__init__(around.captures, None, around.backend, PLAIN, around.edits if known.calls_module else ())
+        self._around, self.number, self._step = around, number, known
+        self._is_replaying = False
+        self._closed = False
+        self._constants: Sequence[torch.Tensor] = ()
+        self._output: Sequence[Any] = ()
+        self._returned = Returned(known.program) if known.calls_module else None
+        self._captured = self._base = known.program
+        self._sizes = known.sizes
+        watch = self.captures.watched()
+        self._walk: Walk = Walk(self, around.root(known, user_line()), watch.names, self._mark)
+        for edit in self.edits:
+            self._say(edit)
+
+    # -- the body ----------------------------------------------------------------------------------------------------
+
+    def read(self, address: Address, port: str) -> Any:
+        """As in a trace; of the step that is meant for this module."""
+        return Tracer.read(self._around.step(self._around.cursor.at(address.module)), address, port)
+
+    def write(self, address: Address, port: str, value: Any) -> None:
+        """As in a trace; in the step that is meant for this module."""
+        Tracer.write(self._around.step(self._around.cursor.at(address.module)), address, port, value)
+
+    def to_next(self, path: str) -> None:
+        """From here on the next step is meant for a module."""
+        self._around.cursor.move(path)
+
+    def do_write(self, address: Address, port: str, value: Any) -> None:
+        """A write, written down."""
+        super().do_write(address, port, value)
+        self._warn_of_first(address.at(port))
+
+    def begin_recorder(self) -> Recorder:
+        """The recorder, of a step of this generation."""
+        recorder = super().begin_recorder()
+        recorder.series = (self._around, self.number)
+        check = recorder.on_edit
+
+        def on_edit(location: Location, node: fx.Node) -> None:
+            check(location, node)
+            self._warn_of_first(location.address)
+
+        recorder.on_edit = on_edit
+        return recorder
+
+    def replay(self, edit: Edit) -> None:
+        """Say the statements of an edit here."""
+        self._say(edit)
+
+    def _say(self, edit: Edit) -> None:
+        self._is_replaying = True
+        try:
+            super().replay(edit)
+        finally:
+            self._is_replaying = False
+
+    def _warn_of_first(self, address: Address) -> None:
+        if self.number or self._is_replaying or not self._around.cursor.is_plain:
+            return
+        line = user_line()
+        file, _, number = line.rpartition(":")
+        warnings.warn_explicit(
+            f"{line}: {address} is changed at step 0 alone, where the prompt is read; for every step write "
+            "`for step in tracer.all():` around it",
+            FirstCallWarning,
+            file or "<body>",
+            int(number or 0),
+            registry=self.captures.told,
+        )
+
+    def _check_foreign(self, value: Value, address: Address) -> None:
+        series = value.cell.recorder.series
+        if series is None or series[0] is not self._around:
+            super()._check_foreign(value, address)
+        elif series[1] > self.number:
+            raise CausalityError(
+                f"{user_line()}: {address} at step {self.number} is written {value.cell.what} of step {series[1]}, "
+                f"which comes later; generate once and keep it, and write it in a second generation"
+            )
+
+    def _mark(self, address: Address, port: str) -> tuple[int, ...]:
+        """The sizes on which the values at a port depend."""
+        names = self._step.marks.get((address, port))
+        if names is None:
+            names = self._step.marks[address, port] = self._sizes_at(address, port)
+        return tuple(self._sizes[name] for name in names)
+
+    def _sizes_at(self, address: Address, port: str) -> tuple[str, ...]:
+        try:
+            structure, found = self._places.locations(self.place(address), port)
+        except (NotExecuted, UnknownAddress):
+            return ()
+        nodes = self.captures.places(self._captured).program.nodes
+        dims: list[Any] = []
+        for leaf, location in zip(structure.leaves, found, strict=True):
+            if location is not None:
+                spec = nodes[location.node].meta["spec"]
+                dims += [*spec.shape, *spec.stride]
+            elif isinstance(leaf, SizeRef):
+                dims += parse_dims(leaf.expr)
+        names = {s.name for dim in dims for s in getattr(dim, "free_symbols", ())}
+        return tuple(sorted(names & set(self._sizes)))
+
+    def _demand(self, nodes: Sequence[fx.Node]) -> NoReturn:
+        raise NeedsValueError(
+            f"{user_line()}: a number of step {self.number} is needed, and nothing has been generated yet; use "
+            "torch.where, a condition on the step, or look at it after the block"
+        )
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """The body has ended."""
+        walk = self._walk
+        finish = walk.step.finish if walk.fast and walk.step is not None else None
+        if finish is not None:
+            self._finished, self._constants = finish, walk.constants(finish)
+        else:
+            self._written  # noqa: B018 - it is written down now
+            self._complete()
+
+    def _complete(self) -> None:
+        recorder = self._written
+        recorder.rows = None
+        self._finish(recorder)
+        if self._returned is not None:
+            place = self.captures.places(self._captured).find(Address(""))
+            found = self._places.locations(place, "output")[1]
+            self._kept.append(self._returned.save(partial(self._node, recorder, found)))
+        self._closed = True
+
+    def _node(self, recorder: Recorder, found: Sequence[Location | None], number: int) -> fx.Node:
+        location = found[number]
+        assert location is not None, "what a module returns is a value of the graph"
+        return recorder.node_at(location, "")
+
+    @property
+    def foreign(self) -> list[Value]:
+        """The values of other steps that this one needs."""
+        constants: list[Any] = [] if self._recorder is None else self._recorder.body.constants
+        return [x for x in constants if isinstance(x, Value)]
+
+    def drive(self, call: Call, wanted: Sequence[Value]) -> Any:
+        """Run on the real inputs.  Returns: what the module returns, with the edits of this step.
+
+        wanted: values that later steps use.
+
+        Raises: TraceError where the body has looked at sizes that are others now.
+        """
+        self._batch = Batch([call], False, PLAIN)
+        leaves, tree = flatten(call)
+        if self._step.kinds != kinds_of(leaves) or self._step.tree != tree:
+            self._meet(call)
+        if self._finished is not None:
+            self._run_known(leaves, call)
+        else:
+            for value in self.foreign:
+                raise not_saved(value.cell)
+            self.run(wanted)
+            if self._executable is not None and not self._updates and not self.is_decided:
+                self._walk.remember(self._executable, self._written.constants, self._numbers)
+        output = None
+        if self._returned is not None:
+            output = self._returned.build(self._output, call, self._sizes, self.captures.weight)
+        self.end()
+        return output
+
+    def _run_known(self, leaves: list[Any], call: Call) -> None:
+        finish = self._finished
+        assert finish is not None
+        results = finish.executable.run(leaves, self._constants, call)
+        self._output = results[len(results) - self._outputs :]
+        values = self._walk.values
+        for index, place in finish.results:
+            become(values[index], results[place])
+
+    @property
+    def _outputs(self) -> int:
+        return 0 if self._returned is None else self._returned.count
+
+    def _fill(self, results: Sequence[torch.Tensor]) -> None:
+        stop = len(results) - len(self._updates)
+        self._output = results[stop - self._outputs : stop]
+        super()._fill(results)
+
+    def _meet(self, call: Call) -> None:
+        """The inputs are not those that were expected: another size, or another way through the model."""
+        program, sizes = self._find_now(call)
+        self._finished = None
+        recorder = self._written
+        if recorder.body.looked:
+            others = [name for name in self._sizes if sizes.get(name) != self._sizes[name]]
+            changed = ", ".join(f"{name} = {sizes.get(name)}, not {self._sizes[name]}" for name in others)
+            raise TraceError(
+                f"step {self.number} of this generation has other sizes than it was written for ({changed}), and its "
+                "body depends on them"
+            )
+        before, self._captured, self._base, self._sizes = self._captured, program, program, sizes
+        recorder.move(self._places, sizes)
+        if program is not before:
+            recorder.relocate(self._relocated)
+            self._returned = Returned(program)
+        if not self._closed:
+            self._complete()
+
+    def _find_now(self, call: Call) -> tuple[Any, Mapping[str, int]]:
+        if self._step.calls_module:
+            return self.captures.find(*call)
+        return self._captured, bind_sizes(self._captured, flatten(call)[0])
+
+    def unreached(self, why: str) -> None:
+        """It does not run: what it keeps stays unset."""
+        recorder = self._written
+        recorder.unreached = why
+        recorder.phase = "done"
+        self.end()
+
+    def end(self) -> None:
+        """Nothing is kept alive that was not saved."""
+        if self._recorder is not None:
+            self._recorder.phase = "done"
+        self.captures.attached_calls.forget(self)
+        self._walk.end()
+        self.forget()
+        self._output, self._constants = (), ()
