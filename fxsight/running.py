@@ -135,9 +135,7 @@ class Running:
         said = [warn_of_lost_edits(recorder.body, asked), warn_of_unused_results(recorder.body, asked)]
         recorder.has_warned |= any(said)
         known = [*constants, *self._known.values()]
-        shared = self.captures.executable(
-            self._captured, asked, [], self._tier(), self._sizes, self._use_known()
-        )
+        shared = self.captures.executable(self._captured, asked, [], self._tier(), self._sizes, self._use_known())
         self._executable = shared.bound(known, bool(self._known))
         self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
         self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]

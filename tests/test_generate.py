@@ -318,8 +318,9 @@ def test_operations_of_each_step(model: Any) -> None:
 
 def test_only_ids_have_a_result_in_the_block(model: Any, module: Any) -> None:
     with model.generate(IDS, **GREEDY, return_dict_in_generate=True, output_logits=True) as tracer:
-        with pytest.raises(TraceError, match="after the block"):
-            tracer.result  # noqa: B018
+        for read in (lambda: tracer.result, lambda: model.generator.output):
+            with pytest.raises(TraceError, match="after the block"):
+                read()
     assert torch.equal(tracer.result.sequences, hf(module)) and len(tracer.result.logits) == 4
 
 
