@@ -30,4 +30,4 @@ def result_of(batch: int, length: int, device: str) -> Known:
         "generate", graph, _ARGUMENTS, (spec,), LEAF, (None,), (Size("batch"), Size("length")), (), Book((root,))
     )
     kinds = ((torch.Size((batch, length)), torch.int64, torch.device(device)),)
-    return Known(program, {"batch": batch, "length": length}, _ARGUMENTS, kinds, {}, False)
+    return Known(program, {"batch": batch, "length": length}, _ARGUMENTS, kinds, {})

@@ -9,28 +9,51 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsight.book import Const, Leaf, Ref, SizeRef, Structure, Weight
+from fxsight.book import Const, Leaf, Ref, SizeRef, Weight
 from fxsight.errors import TraceError
 from fxsight.intervention import Save
 from fxsight.node import Fixed
-from fxsight.past import pasts_in, restore
+from fxsight.past import is_past, pasts_in, restore
 from fxsight.program import Program
 from fxsight.sizes import bind_sizes
 from fxsight.spec import number, parse_dims
 from fxsight.tree import LEAF, Tree
 
 
-def leave_pasts(program: Program, call: Any, leaves: Sequence[Any], left: Sequence[torch.Tensor]) -> None:
-    """Let the caches among the arguments of a call be as the program says.
+class Leaving:
+    """Lets the caches among the arguments of a call be as a program says.
 
-    leaves: of the call.  left: the tensors in the caches afterwards (``Book.left``).
+    Where a cache keeps its shape, as from one decode step to the next, its new members are put into it and nothing
+    else; otherwise it is made anew and taken over.
     """
-    after = program.book.after
-    assert after is not None
-    has_counts = any(isinstance(leaf, SizeRef) for leaf in after.leaves)
-    sizes = bind_sizes(program, leaves) if has_counts else {}
-    for past, now in zip(pasts_in(call), pasts_after(program, sizes, left), strict=True):
-        restore(past, now)
+
+    def __init__(self, program: Program) -> None:
+        after = program.book.after
+        self._program = program
+        self._has_counts = after is not None and any(isinstance(leaf, SizeRef) for leaf in after.leaves)
+        given = [tree for tree, _ in _caches(program.inputs, ())]
+        self._paths: list[tuple[int, tuple[Any, ...]]] | None = None
+        if after is not None and given == list(after.tree.children):
+            paths = [(i, path) for i, tree in enumerate(given) for path in tree.paths()]
+            self._paths = [path for path, leaf in zip(paths, after.leaves, strict=True) if isinstance(leaf, Ref)]
+
+    def __call__(self, call: Any, leaves: Sequence[Any], left: Sequence[torch.Tensor]) -> None:
+        """leaves: of the call.  left: the tensors in the caches afterwards (``Book.left``)."""
+        pasts = list(pasts_in(call))
+        if self._paths is None or self._has_counts:
+            sizes = bind_sizes(self._program, leaves) if self._has_counts else {}
+            for past, now in zip(pasts, pasts_after(self._program, sizes, left), strict=True):
+                restore(past, now)
+            return
+        for (place, path), tensor in zip(self._paths, left, strict=True):
+            *way, last = path
+            at = pasts[place]
+            for key in way:
+                at = vars(at)[key] if is_past(at) else at[key]
+            if is_past(at):
+                vars(at)[last] = tensor
+            else:
+                at[last] = tensor
 
 
 def pasts_after(program: Program, sizes: Mapping[str, int], left: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -64,9 +87,11 @@ class Returned:
     """What a module returns, to be built from a run: the caches in it are those of the call, and not computed twice."""
 
     def __init__(self, program: Program) -> None:
-        output = program.book.calls[0].output
+        output, after = program.book.calls[0].output, program.book.after
         self._leaves: list[tuple[int, Leaf | Kept]] = []
-        self._tree = self._walk(output.tree, list(enumerate(output.leaves)), _caches(program.book.after))
+        self._tree = self._walk(
+            output.tree, list(enumerate(output.leaves)), [] if after is None else _caches(after.tree, after.leaves)
+        )
 
     @property
     def count(self) -> int:
@@ -106,12 +131,12 @@ class Returned:
         return Tree(tree.kind, tree.name, tree.keys, tuple(children))
 
 
-def _caches(after: Structure | None) -> list[tuple[Tree, list[Leaf]]]:
-    """Shape and leaves of each cache."""
-    if after is None:
-        return []
-    leaves, found = list(after.leaves), []
-    for child in after.tree.children:
-        found.append((child, leaves[: child.size]))
+def _caches(tree: Tree, leaves: Sequence[Leaf]) -> list[tuple[Tree, list[Leaf]]]:
+    """Shape and leaves of each cache in plain containers."""
+    if tree.kind == "object":
+        return [(tree, list(leaves))]
+    found: list[tuple[Tree, list[Leaf]]] = []
+    for child in tree.children if tree.kind in ("tuple", "list", "dict") else ():
+        found += _caches(child, leaves[: child.size])
         leaves = leaves[child.size :]
     return found

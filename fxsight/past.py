@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,8 +31,14 @@ class Constant:
 
 def is_past(value: Any) -> bool:
     """Whether it is a cache of ``transformers``, or a layer of one."""
-    kinds = type(value).__mro__
-    if len(kinds) < 2 or isinstance(value, (torch.Tensor, torch.nn.Module)):
+    cls: Any = type(value)
+    return _is_past(cls)
+
+
+@lru_cache(maxsize=512)  # asked of every value in every structure
+def _is_past(cls: Any) -> bool:
+    kinds = cls.__mro__
+    if len(kinds) < 2 or issubclass(cls, (torch.Tensor, torch.nn.Module)):
         return False
     known = any(c.__name__ in _BASES and c.__module__.startswith("transformers.") for c in kinds)
     own = kinds[0].__module__.startswith("transformers.models.") and kinds[0].__name__.endswith("Cache")
@@ -63,6 +70,7 @@ def constant(text: str) -> Any:
     return getattr(torch, text.removeprefix("torch."))
 
 
+@lru_cache(maxsize=512)
 def find_class(name: str) -> Any:
     """The class of the name ``module:qualname``."""
     module, _, qualname = name.partition(":")
@@ -85,14 +93,13 @@ def pasts_in(value: Any) -> Iterator[Any]:
     waiting = [value]
     while waiting:
         at = waiting.pop(0)
-        if is_past(at):
-            if id(at) not in seen:
-                yield at
-            seen.add(id(at))
-        elif isinstance(at, dict):
+        if isinstance(at, dict):
             waiting[:0] = at.values()
         elif isinstance(at, (tuple, list)):
             waiting[:0] = at
+        elif is_past(at) and id(at) not in seen:
+            seen.add(id(at))
+            yield at
 
 
 def restore(past: Any, now: Any) -> None:

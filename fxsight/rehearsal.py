@@ -37,7 +37,7 @@ class Known:
     """What is known of one step: its program and sizes, and what its inputs are like.
 
     marks: the names of the sizes on which the values at a port depend, as far as asked; shared by steps of a program.
-    calls_module: False for what comes after the last call.
+    returned: how what the module returns is built; None for what comes after the last call.
     """
 
     program: Program
@@ -45,7 +45,7 @@ class Known:
     tree: Tree
     kinds: tuple[Any, ...]
     marks: dict[tuple[Address, str], tuple[str, ...]]
-    calls_module: bool = True
+    returned: Returned | None = None
 
 
 def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], tuple[int, int] | None, str]:
@@ -60,11 +60,13 @@ def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], 
     never = _ends(captures.module, kwargs)
     steps: list[Known] = []
     marks: dict[int, dict[tuple[Address, str], tuple[str, ...]]] = {}
+    builders: dict[int, Returned] = {}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         program, sizes = captures.find(args, kwargs)
         leaves, tree = flatten((args, kwargs))
-        steps.append(Known(program, sizes, tree, kinds_of(leaves), marks.setdefault(id(program), {})))
+        made = builders.setdefault(id(program), Returned(program))
+        steps.append(Known(program, sizes, tree, kinds_of(leaves), marks.setdefault(id(program), {}), made))
         return _answer(program, sizes, (args, kwargs), leaves, never, captures.weight)
 
     with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -13,7 +13,7 @@ from torch import nn
 from fxsight.accumulate import apart, fill, without_leaves
 from fxsight.artifacts import Artifacts
 from fxsight.errors import InputError
-from fxsight.leave import leave_pasts
+from fxsight.leave import Leaving
 from fxsight.lower import Lowering, Tier, keeping
 from fxsight.node import Fixed
 from fxsight.program import Program
@@ -57,6 +57,7 @@ class Executable:
         self._is_joint = is_joint
         self._lowering = Lowering(self._plain, tier, fixed, artifacts or Artifacts())
         self._left = len(program.book.left) if keeps else 0
+        self._leave = Leaving(program)
 
     def bound(self, constants: Sequence[torch.Tensor], decided: bool) -> Executable:
         """The same program with constants of its own; ``decided``: its body has looked at numbers of one run."""
@@ -141,7 +142,7 @@ class Executable:
             return _own(results, arguments)
         results, left = results[: -self._left], results[-self._left :]
         if call is not None:
-            leave_pasts(self.program, call, leaves, left)
+            self._leave(call, leaves, left)
         return _own(results, [*arguments, *left])
 
     def run_keeping(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> dict[str, Any]:

@@ -59,13 +59,15 @@ class Step(Tracer):
     """
 
     def __init__(self, around: Around, number: int, known: Known) -> None:
-        super().__init__(around.captures, None, around.backend, PLAIN, around.edits if known.calls_module else ())
+        super().__init__(
+            around.captures, None, around.backend, PLAIN, around.edits if known.returned is not None else ()
+        )
         self._around, self.number, self._step = around, number, known
         self._is_replaying = False
         self._closed = False
         self._constants: Sequence[torch.Tensor] = ()
         self._output: Sequence[Any] = ()
-        self._returned = Returned(known.program) if known.calls_module else None
+        self._returned = known.returned
         self._captured = self._base = known.program
         self._sizes = known.sizes
         watch = self.captures.watched()
@@ -266,7 +268,7 @@ class Step(Tracer):
             self._complete()
 
     def _find_now(self, call: Call) -> tuple[Any, Mapping[str, int]]:
-        if self._step.calls_module:
+        if self._step.returned is not None:
             return self.captures.find(*call)
         return self._captured, bind_sizes(self._captured, flatten(call)[0])
 

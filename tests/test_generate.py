@@ -318,7 +318,8 @@ def test_operations_of_each_step(model: Any) -> None:
 
 def test_only_ids_have_a_result_in_the_block(model: Any, module: Any) -> None:
     with model.generate(IDS, **GREEDY, return_dict_in_generate=True, output_logits=True) as tracer:
-        for read in (lambda: tracer.result, lambda: model.generator.output):
+        reads: list[Callable[[], Any]] = [lambda: tracer.result, lambda: model.generator.output]
+        for read in reads:
             with pytest.raises(TraceError, match="after the block"):
                 read()
     assert torch.equal(tracer.result.sequences, hf(module)) and len(tracer.result.logits) == 4
