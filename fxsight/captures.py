@@ -36,6 +36,7 @@ from fxsight.program import Program
 from fxsight.progress import Progress
 from fxsight.rename import Aliases
 from fxsight.run import Executable, Weights
+from fxsight.served import Served
 from fxsight.sizes import bind_sizes, holds
 from fxsight.source import SourceReader
 from fxsight.state import settings
@@ -87,6 +88,7 @@ class Captures:
         self._unseen: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # attached, unknown to every program
         self._programs: dict[Any, list[Program]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
+        self._served = Served(KEPT)
         self._places: dict[int, Places] = {}
         self._watch: Watch | None = None
         self._found: dict[Any, Found] = {}
@@ -229,8 +231,13 @@ class Captures:
             key = (*key[:3], key[3] + 1)
         found = self._executables.get(key)
         if found is None:
+
+            def make(wanted: Intervention) -> Executable:
+                return self._executable(pipeline_for(wanted, joint=joint)(program), wanted, constants, tier)
+
+            lifts = joint is None and tier == "eager"
             with waiting():
-                found = self._executable(pipeline_for(asked, joint=joint)(program), asked, constants, tier)
+                found = self._served.find(id(program), asked, make) if lifts else make(asked)
             self._executables[key] = found
             if len(self._executables) > KEPT:
                 self._executables.popitem(last=False)

@@ -45,6 +45,7 @@ class Executable:
         self.program, self.module = program, module
         self.constants = list(constants)
         self.decided = False
+        self._numbers: tuple[int | float, ...] = ()
         self._lock = nullcontext() if lock is None else lock
         self.fixed = dict(fixed)
         bindings = list(enumerate(program.bindings.values()))
@@ -63,6 +64,12 @@ class Executable:
         """The same program with constants of its own; ``decided``: its body has looked at numbers of one run."""
         own = copy.copy(self)
         own.constants, own.decided = list(constants), decided
+        return own
+
+    def with_numbers(self, numbers: Sequence[int | float]) -> Executable:
+        """The same program with numbers for the last of its constants."""
+        own = copy.copy(self)
+        own._numbers = tuple(numbers)
         return own
 
     @property
@@ -158,8 +165,9 @@ class Executable:
             arguments[place] = weight
         for place, key in self._inputs:
             arguments[place] = leaves[key]
+        given = [*constants, *self._numbers] if self._numbers else constants
         for place, key in self._constants:
-            arguments[place] = constants[key]
+            arguments[place] = given[key]
         return arguments
 
     def __str__(self) -> str:
