@@ -14,6 +14,7 @@ from fxsight.artifacts import Artifacts
 from fxsight.captures import Captures
 from fxsight.containers import Saved
 from fxsight.context import here
+from fxsight.dropin import drop_in
 from fxsight.edit_file import export_path, read_edits, write_edits
 from fxsight.edit_text import edits_data, edits_of
 from fxsight.edits import Edits
@@ -215,6 +216,20 @@ class Model(View):
             )
             raise EditFileError(f"no edits {name!r} (variant {variant!r}) in {path.parent.parent}; {_listed(known)}")
         return self.load_edits(path)
+
+    def compile(self, backend: Any = "inductor") -> Any:
+        """The edited model as an ``nn.Module`` of the module's own class, for any code that takes one.
+
+        It shares everything with the module but its call, which makes the edits: ``state_dict``, ``.to``, ``.eval``,
+        ``isinstance``, and, of a model of transformers, ``generate`` and pipelines. Each signature is captured and
+        compiled at its first call, for all sizes.
+        backend: "inductor", or "eager" for the module's own bits. Where gradients are wanted it runs eagerly.
+
+        Raises: TraceError for an unknown backend.
+        """
+        if backend not in BACKENDS:
+            raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
+        return drop_in(self._captures, self.edits, "inductor" if backend == "inductor" else "eager")
 
     def export(self, path: str | Path, *args: Any, format: Any = None, check: bool = True, **kwargs: Any) -> Export:
         """Write the edited model as a file that runs without fxsight, and a manifest beside it: see ``export``.
