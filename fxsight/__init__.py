@@ -16,6 +16,8 @@ from fxsight.containers import list as list
 from fxsight.containers import set as set
 from fxsight.containers import str as str
 from fxsight.containers import tuple as tuple
+from fxsight.diff import Diff as Diff
+from fxsight.diff import diff as diff
 from fxsight.edit import Edit as Edit
 from fxsight.errors import CaptureError as CaptureError
 from fxsight.errors import CausalityError as CausalityError

@@ -13,7 +13,7 @@ from torch import fx
 
 from fxsight.captures import Captures
 from fxsight.edit import Edit
-from fxsight.errors import EditError, FirstCallWarning, NeedsValueError, TraceError
+from fxsight.errors import EditError, FirstCallWarning, NeedsValueError
 from fxsight.inputs import Inputs
 from fxsight.intervention import Intervention
 from fxsight.lines import user_line
@@ -21,7 +21,7 @@ from fxsight.lost import warn_of_lost_edits, warn_of_unused_results
 from fxsight.record import Recorder
 from fxsight.rows import Call
 from fxsight.tracer import Tracer
-from fxsight.walk import Step, Walk
+from fxsight.walk import Walk
 
 _RUNS_NOTHING = (
     "an edit runs nothing, so there is nothing to save in it; save in a trace of the edited model: "
@@ -54,15 +54,8 @@ class EditTrace(Tracer):
     def _begin(self) -> None:
         if self._batch.calls:
             super()._begin()
-        elif self.captures.latest is None:
-            raise TraceError(
-                "an edit is written on a forward of the model, and there has been none: give example inputs, "
-                "model.edit(x), or trace once before"
-            )
         else:
-            self._captured = self._base = self.captures.latest
-            self._sizes = self.captures.latest_sizes
-            self._walk = Walk(self, Step(), self.captures.weight_names())
+            self._begin_on_latest()
         self.recorder  # noqa: B018 - an edit is recorded, not remembered
 
     def begin_recorder(self) -> Recorder:

@@ -151,7 +151,7 @@ class PlainCall:
 
 def _plain_call(captures: Captures, call: Any, tier: Tier, edits: Sequence[Edit]) -> PlainCall:
     """Record the edits and nothing else, and finish the program."""
-    trace = _Plain(captures, call, "inductor" if tier == "inductor" else "eager", edits=edits)
+    trace = PlainTrace(captures, call, "inductor" if tier == "inductor" else "eager", edits=edits)
     executable = trace.finish()
     table: dict[int, tuple[int, int]] = {}
     for i, edit in enumerate(edits):
@@ -160,15 +160,18 @@ def _plain_call(captures: Captures, call: Any, tier: Tier, edits: Sequence[Edit]
     return PlainCall(trace.base, executable, tuple(table[id(tensor)] for tensor in trace.constants))
 
 
-class _Plain(Tracer):
-    """A trace whose body is: keep the output."""
+class PlainTrace(Tracer):
+    """A trace whose body is: keep the output. Without inputs it is one of the last forward, and cannot be run."""
 
     base: Program
     constants: list[torch.Tensor]
 
     def finish(self) -> Executable:
         """The finished program; nothing is run."""
-        self._begin()
+        if self._batch.calls:
+            self._begin()
+        else:
+            self._begin_on_latest()
         self.base, recorder = self._base, self.recorder
         recorder.keep(self.do_read(Address(""), "output"))
         recorder.finish()

@@ -14,10 +14,11 @@ from fxsight.artifacts import Artifacts
 from fxsight.captures import Captures
 from fxsight.containers import Saved
 from fxsight.context import here
+from fxsight.diff import Diff, diff
 from fxsight.dropin import drop_in
 from fxsight.edit_file import export_path, read_edits, write_edits
 from fxsight.edit_text import edits_data, edits_of
-from fxsight.edits import Edits
+from fxsight.edits import Edits, PlainTrace
 from fxsight.errors import EditFileError, RenameError, TraceError, nearest
 from fxsight.export import Export, export_edited
 from fxsight.grid import Grid
@@ -230,6 +231,18 @@ class Model(View):
         if backend not in BACKENDS:
             raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
         return drop_in(self._captures, self.edits, "inductor" if backend == "inductor" else "eager")
+
+    def diff(self, *args: Any, **kwargs: Any) -> Diff:
+        """What the edits change in the program that runs: operations added, removed and rewired, and their cost.
+
+        args, kwargs: an example of the inputs; without, the last forward.
+
+        Raises: EditError; TraceError without example and forward.
+        """
+        given = self._inputs.are_given(args, kwargs)
+        call = self._inputs.prepare(args, kwargs) if given else self._example()
+        plain, edited = (PlainTrace(self._captures, call, "eager", edits=edits) for edits in ((), self.edits))
+        return diff(plain.finish(), edited.finish(), edited.sizes)
 
     def export(self, path: str | Path, *args: Any, format: Any = None, check: bool = True, **kwargs: Any) -> Export:
         """Write the edited model as a file that runs without fxsight, and a manifest beside it: see ``export``.

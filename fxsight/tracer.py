@@ -38,7 +38,7 @@ from fxsight.rows import overlap
 from fxsight.running import Running, check_inputs
 from fxsight.sizes import check_guards
 from fxsight.value import Value, check_usable, values_in
-from fxsight.walk import Finish, Walk
+from fxsight.walk import Finish, Step, Walk
 from fxsight.write import check_write, present
 
 
@@ -121,6 +121,24 @@ class Tracer(Running):
         self._walk = Walk(self, found.root(user_line(), self._tier(), torch.is_grad_enabled()), found.watch.names)
         if here().session is not None or self._batch.grows:
             self._walk.leave()
+        self._replay_all()
+
+    def _begin_on_latest(self) -> None:
+        """Record on the program of the last forward, at its sizes: what is recorded so has no inputs to run on.
+
+        Raises: TraceError when there has been none.
+        """
+        captures = self.captures
+        if captures.latest is None:
+            raise TraceError(
+                "this is written on a forward of the model, and there has been none: give example inputs, "
+                "model.edit(x), or trace once before"
+            )
+        self._captured = self._base = captures.latest
+        self._sizes, self._walk = captures.latest_sizes, Walk(self, Step(), captures.weight_names())
+        self._replay_all()
+
+    def _replay_all(self) -> None:
         for edit in self.edits:
             self.replay(edit)
 
