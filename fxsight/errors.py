@@ -12,7 +12,9 @@
     ├── NeedsValueError         a body asks for a number where there is no input to compute it from
     ├── InputError              inputs that a program cannot take
     ├── EditError               an edit that cannot be made in a forward, or kept (ValueError)
-    │   └── EditFileError       a file of edits that cannot be read or written
+    │   ├── EditFileError       a file of edits that cannot be read or written
+    │   └── FoldError           an edit that cannot be put into weights
+    ├── SelectionError          a selector that selects nothing, or that is none (ValueError)
     ├── LoadError               a model or tokenizer that is not where it was looked for (OSError)
     ├── RenameError             an alias for modules that cannot be given (ValueError)
     ├── TraceError              a trace used where it cannot be used
@@ -90,6 +92,14 @@ class EditError(FxsightError, ValueError):
 
 class EditFileError(EditError):
     """A file of edits that is damaged, foreign or newer, or an edit that cannot stand in a file."""
+
+
+class FoldError(EditError):
+    """An edit that cannot be put into weights exactly; the message says why."""
+
+
+class SelectionError(FxsightError, ValueError):
+    """A selector that selects nothing, with the nearest names; or what is no selector."""
 
 
 class RenameError(FxsightError, ValueError):

@@ -18,8 +18,9 @@ from fxsight import _torch
 from fxsight.captures import Captures
 from fxsight.edit_text import edits_data
 from fxsight.edits import Edits, PlainCall
-from fxsight.errors import EditError
+from fxsight.errors import EditError, FoldError
 from fxsight.export_check import Case, Checked, check_file
+from fxsight.fold import largest_difference
 from fxsight.identity import library_versions
 from fxsight.node import Fixed
 from fxsight.other_sizes import other_sizes
@@ -133,6 +134,25 @@ def _cases(captures: Captures, edits: Edits, made: PlainCall, call: Call, plain:
         tensors = [x for x in flatten(out)[0] if isinstance(x, torch.Tensor)]
         cases.append((sizes, Case(plain.arguments(other), tensors)))
     return cases
+
+
+def check_folded(captures: Captures, edits: Edits, call: Call, folded: nn.Module) -> None:
+    """A module with the edits in its weights computes what the edited model computes, at other sizes, too.
+
+    Raises: FoldError.
+    """
+    leaves, tree = flatten(call)
+    made = edits.prepared(captures, call, "eager")
+    for other in (leaves, *(other for _, other in other_sizes(made.base, leaves, _CASES - 1))):
+        args, kwargs = tree.build(other)
+        with torch.no_grad():
+            pair = [flatten(each)[0] for each in (folded(*args, **kwargs), edits.call(captures, (args, kwargs)))]
+        found = largest_difference(*pair)
+        if found > TOLERANCE["onnx"]:
+            raise FoldError(
+                f"the folded module does not compute what the edited model computes (largest difference {found:.3g}): "
+                "something else uses the edited value, or it is changed in place for others; assign it instead"
+            )
 
 
 # -- the manifest ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from fxsight.edit_file import export_path, read_edits, write_edits
 from fxsight.edit_text import edits_data, edits_of
 from fxsight.edits import Edits, PlainTrace
 from fxsight.errors import EditFileError, RenameError, TraceError, nearest
-from fxsight.export import Export, export_edited
+from fxsight.export import Export, check_folded, export_edited
+from fxsight.fold import fold_edits
 from fxsight.grid import Grid
 from fxsight.inputs import PLAIN, Inputs
 from fxsight.methods import Method
@@ -231,6 +232,20 @@ class Model(View):
         if backend not in BACKENDS:
             raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
         return drop_in(self._captures, self.edits, "inductor" if backend == "inductor" else "eager")
+
+    def fold(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """A copy of the module with the edits in its weights, where that is exact: see ``fold``; to be saved as one.
+
+        args, kwargs: an example of the inputs; what the copy computes for it and at other sizes is compared.
+
+        Raises: FoldError, saying which edit cannot be put into weights, and why; TraceError without an example.
+        """
+        call = self._inputs.prepare(args, kwargs) if self._inputs.are_given(args, kwargs) else self._example()
+        if call is None:
+            raise TraceError("folding needs an example of the inputs, to compare: edited.fold(x)")
+        folded = fold_edits(self._module, self.edits)
+        check_folded(self._captures, self.edits, call, folded)
+        return folded
 
     def diff(self, *args: Any, **kwargs: Any) -> Diff:
         """What the edits change in the program that runs: operations added, removed and rewired, and their cost.
