@@ -100,7 +100,7 @@ def _put(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
     """A tensor under a dotted name: a parameter where it is one or is trained, else a buffer."""
     *way, leaf = path.split(".")
     for part in way:
-        if part not in root._modules:
+        if part not in dict(root.named_children()):
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
     if isinstance(tensor, nn.Parameter) or (tensor.requires_grad and tensor.is_leaf):
