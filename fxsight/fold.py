@@ -43,7 +43,7 @@ class Affine:
     offset: torch.Tensor
 
 
-def fold_edits(module: nn.Module, edits: Sequence[Edit]) -> nn.Module:
+def fold_into_weights(module: nn.Module, edits: Sequence[Edit]) -> nn.Module:
     """A copy of the module in whose weights the edits are.
 
     Raises: FoldError, saying which edit cannot be folded, and why.

@@ -21,7 +21,7 @@ from fxsight.edit_text import edits_data, edits_of
 from fxsight.edits import Edits, PlainTrace
 from fxsight.errors import EditFileError, RenameError, TraceError, nearest
 from fxsight.export import Export, check_folded, export_edited
-from fxsight.fold import fold_edits
+from fxsight.fold import fold_into_weights
 from fxsight.grid import Grid
 from fxsight.inputs import PLAIN, Inputs
 from fxsight.methods import Method
@@ -233,7 +233,7 @@ class Model(View):
             raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
         return drop_in(self._captures, self.edits, "inductor" if backend == "inductor" else "eager")
 
-    def fold(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def fold_edits(self, *args: Any, **kwargs: Any) -> nn.Module:
         """A copy of the module with the edits in its weights, where that is exact: see ``fold``; to be saved as one.
 
         args, kwargs: an example of the inputs; what the copy computes for it and at other sizes is compared.
@@ -242,8 +242,8 @@ class Model(View):
         """
         call = self._inputs.prepare(args, kwargs) if self._inputs.are_given(args, kwargs) else self._example()
         if call is None:
-            raise TraceError("folding needs an example of the inputs, to compare: edited.fold(x)")
-        folded = fold_edits(self._module, self.edits)
+            raise TraceError("folding needs an example of the inputs, to compare: edited.fold_edits(x)")
+        folded = fold_into_weights(self._module, self.edits)
         check_folded(self._captures, self.edits, call, folded)
         return folded
 

@@ -50,7 +50,7 @@ def test_sums_products_projections_and_columns(model: Model) -> None:
         edited.up.output = (edited.up.output @ m) / 3 - 1
     with edited.edit() as edited:
         edited.down.output[..., 1] *= 5
-    folded = edited.fold(_x())
+    folded = edited.fold_edits(_x())
     assert type(folded) is Net and folded is not model._module
     for rows in (3, 8):
         torch.testing.assert_close(folded(_x(rows)), edited(_x(rows)))
@@ -76,7 +76,7 @@ def test_refused(model: Model, body: Any, told: str) -> None:
     with model.edit(_x()) as edited:
         body(model)
     with pytest.raises(FoldError, match=told):
-        edited.fold(_x())
+        edited.fold_edits(_x())
 
 
 def test_a_layer_without_bias_takes_no_constant() -> None:
@@ -85,10 +85,10 @@ def test_a_layer_without_bias_takes_no_constant() -> None:
     with model.edit(_x()) as edited:
         model[0].output += 1
     with pytest.raises(FoldError, match="it adds a constant, and the layer has no bias: a checkpoint would lose it"):
-        edited.fold(_x())
+        edited.fold_edits(_x())
     with model.edit(_x()) as edited:
         model[0].output *= 2
-    torch.testing.assert_close(edited.fold(_x())(_x()), edited(_x()))
+    torch.testing.assert_close(edited.fold_edits(_x())(_x()), edited(_x()))
 
 
 def test_what_others_see_is_compared() -> None:
@@ -105,10 +105,10 @@ def test_what_others_see_is_compared() -> None:
     with model.edit(_x()) as edited:
         model.a.input[..., 0] = 0  # in place: b sees it, too
     with pytest.raises(FoldError, match="the folded module does not compute what the edited model computes"):
-        edited.fold(_x())
+        edited.fold_edits(_x())
     with model.edit(_x()) as edited:
         model.a.input = model.a.input * 2  # assigned: b does not
-    torch.testing.assert_close(edited.fold(_x())(_x()), edited(_x()))
+    torch.testing.assert_close(edited.fold_edits(_x())(_x()), edited(_x()))
 
 
 @cache
@@ -141,6 +141,6 @@ def test_a_checkpoint(kind: str, tmp_path: Path) -> None:
             writer.output = h - (h @ d).unsqueeze(-1) * d
     with edited.edit(input_ids=ids, use_cache=False) as edited:
         writers[0].input[..., 8:16] = 0
-    edited.fold(input_ids=ids, use_cache=False).save_pretrained(tmp_path)
+    edited.fold_edits(input_ids=ids, use_cache=False).save_pretrained(tmp_path)
     loaded = type(model._module).from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(ids).logits, edited(input_ids=ids, use_cache=False).logits)
