@@ -27,6 +27,7 @@ from fxsight.record import Recorder
 from fxsight.rehearsal import Known
 from fxsight.repertoire import Repertoire
 from fxsight.rows import Call
+from fxsight.run import Executable
 from fxsight.running import Backend
 from fxsight.step import Step
 from fxsight.stepping import StepEdit
@@ -60,6 +61,7 @@ class Generation:
         self._template: Tracer | None = None
         self._saved: list[Any] = []
         self._made = 0
+        self._prepared: dict[int, list[Any]] = {}
         self._returned: Any = None
         self._has_ended = False
 
@@ -84,6 +86,7 @@ class Generation:
                 step.end()
             self._steps.clear()
             self._saved.clear()
+            self._prepared.clear()
             self._has_ended = True
 
     def _end(self) -> None:
@@ -166,6 +169,18 @@ class Generation:
     def root(self, known: Known, line: str) -> Way:
         """Where bodies begin that begin at a line, over a program."""
         return self._score.roots.setdefault((id(known.program), line, self.backend == "inductor"), Way())
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Names of the module's weights by ``id``."""
+        return self._score.watch.names
+
+    def prepared(self, executable: Executable) -> list[Any]:
+        """The arguments of a program with the weights among them, looked up once in a generation."""
+        found = self._prepared.get(id(executable))
+        if found is None:
+            found = self._prepared[id(executable)] = executable.prepared()
+        return found
 
     @property
     def now(self) -> Tracer:

@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxsight.access import Access
 from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.leave import Returned, pasts_after
@@ -46,6 +48,16 @@ class Known:
     kinds: tuple[Any, ...]
     marks: dict[tuple[Address, str], tuple[str, ...]]
     returned: Returned | None = None
+
+    @cached_property
+    def access(self) -> Access:
+        """Reads the leaves of a call of this shape."""
+        return Access(self.tree)
+
+    def leaves(self, call: Call) -> list[Any] | None:
+        """The leaves of a call; None where it is not as this step was rehearsed."""
+        found = self.access(call)
+        return None if found is None or kinds_of(found) != self.kinds else found
 
 
 def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], tuple[int, int] | None, str]:

@@ -133,12 +133,19 @@ class Executable:
                     f"not {sizes[name]}; trace again"
                 )
 
-    def run(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor], call: Any = None) -> Sequence[Any]:
+    def run(
+        self,
+        leaves: Sequence[Any],
+        constants: Sequence[torch.Tensor],
+        call: Any = None,
+        prepared: list[Any] | None = None,
+    ) -> Sequence[Any]:
         """The results, for input leaves that are known to fit: tensors of their own, no two the same.
 
         call: the arguments that the leaves are of; the caches among them are then as the module would leave them.
+        prepared: what ``prepared`` has returned, where the weights cannot have changed since.
         """
-        arguments = self._arguments(leaves, constants)
+        arguments = self._arguments(leaves, constants, prepared)
         if self._is_joint:
             with apart():
                 results = list(self._lowering(arguments))
@@ -157,12 +164,19 @@ class Executable:
         with apart() if self._is_joint else nullcontext():
             return keeping(self._plain)(*self._arguments(leaves, constants))
 
-    def _arguments(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> list[Any]:
+    def prepared(self) -> list[Any]:
+        """The arguments with the weights, as they are now, in their places."""
         arguments = self._places.copy()
         with self._lock:
             weights = self._weights()
         for place, weight in zip(self._weight_places, weights, strict=True):
             arguments[place] = weight
+        return arguments
+
+    def _arguments(
+        self, leaves: Sequence[Any], constants: Sequence[torch.Tensor], prepared: list[Any] | None = None
+    ) -> list[Any]:
+        arguments = self.prepared() if prepared is None else prepared.copy()
         for place, key in self._inputs:
             arguments[place] = leaves[key]
         given = [*constants, *self._numbers] if self._numbers else constants

@@ -23,8 +23,9 @@ from fxsight.leave import Returned
 from fxsight.lines import user_line
 from fxsight.place import Location
 from fxsight.record import Recorder
-from fxsight.rehearsal import Known, kinds_of
+from fxsight.rehearsal import Known
 from fxsight.rows import Call
+from fxsight.run import Executable
 from fxsight.running import Backend
 from fxsight.sizes import bind_sizes
 from fxsight.spec import parse_dims
@@ -47,8 +48,17 @@ class Around(Protocol):
         """One of its steps."""
         ...
 
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Names of the module's weights by ``id``."""
+        ...
+
     def root(self, known: Known, line: str) -> Way:
         """Where bodies begin that begin at a line, over a program."""
+        ...
+
+    def prepared(self, executable: Executable) -> list[Any]:
+        """The arguments of a program with the weights among them, looked up once in a generation."""
         ...
 
 
@@ -70,8 +80,7 @@ class Step(Tracer):
         self._returned = known.returned
         self._captured = self._base = known.program
         self._sizes = known.sizes
-        watch = self.captures.watched()
-        self._walk: Walk = Walk(self, around.root(known, user_line()), watch.names, self._mark)
+        self._walk: Walk = Walk(self, around.root(known, user_line()), around.names, self._mark)
         for edit in self.edits:
             self._say(edit)
 
@@ -212,10 +221,10 @@ class Step(Tracer):
         Raises: TraceError where the body has looked at sizes that are others now.
         """
         self._batch = Batch([call], False, PLAIN)
-        leaves, tree = flatten(call)
-        if self._step.kinds != kinds_of(leaves) or self._step.tree != tree:
+        leaves = self._step.leaves(call)
+        if leaves is None:
             self._meet(call)
-        if self._finished is not None:
+        if self._finished is not None and leaves is not None:
             self._run_known(leaves, call)
         else:
             for value in self.foreign:
@@ -232,7 +241,8 @@ class Step(Tracer):
     def _run_known(self, leaves: list[Any], call: Call) -> None:
         finish = self._finished
         assert finish is not None
-        results = finish.executable.run(leaves, self._constants, call)
+        executable = finish.executable
+        results = executable.run(leaves, self._constants, call, self._around.prepared(executable))
         self._output = results[len(results) - self._outputs :]
         values = self._walk.values
         for index, place in finish.results:

@@ -146,6 +146,14 @@ class NNsight(Model, Envoy):
 class LanguageModel(NNsight, fxsight.LanguageModel):
     """``fxsight.LanguageModel``, called as nnsight's is."""
 
+    def generate(self, *args: Any, remote: Any = False, blocking: Any = True, **kwargs: Any) -> Any:
+        """``fxsight.LanguageModel.generate``.
+
+        Raises: TraceError for ``remote``: there is no service to run on yet.
+        """
+        _check_local(remote)
+        return super().generate(*args, **kwargs)
+
 
 def session(remote: Any = False) -> Session:
     """A block for traces of one model or several.
