@@ -204,9 +204,18 @@ def _own(results: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     own = list(results)
     for place, result in enumerate(own):
         if id(result) in taken and isinstance(result, torch.Tensor):
-            own[place] = result.clone()
+            own[place] = _copy(result)
         taken.add(id(result))
     return own
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy laid out as the tensor is, expanded dimensions included: kernels choose by strides."""
+    sizes = tensor.shape
+    if not any(step == 0 and size > 1 for size, step in zip(sizes, tensor.stride(), strict=True)):
+        return tensor.clone()
+    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+    return tensor[once].clone().expand(sizes)
 
 
 class Weights:

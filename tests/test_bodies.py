@@ -511,3 +511,13 @@ def test_model_outputs_in_invokes_sessions_and_conditions() -> None:
     assert torch.equal(logits, changed[:1]) and torch.equal(second.logits, changed[1:])
     assert torch.equal(second.past_key_values.layers[1].keys, expected.past_key_values.layers[1].keys[1:])
     assert type(second).__name__ == type(expected).__name__ and "save" not in vars(second)
+
+
+def test_an_expanded_value_stays_expanded_when_it_is_known_already() -> None:
+    vector = torch.linspace(-1, 1, 4)
+    model = fxsight.Model(nn.Sequential(nn.Linear(4, 4)), cache=False)
+    with model.trace(torch.ones(2, 4)):
+        rows = vector.expand_as(model[0].output)
+        assert rows.mean() < 1
+        kept = fxsight.save(rows)
+    assert torch.equal(kept, vector.expand(2, 4)) and kept.stride() == (0, 1)
