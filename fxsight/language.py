@@ -14,6 +14,7 @@ from fxsight.errors import TraceError
 from fxsight.generation import Generation
 from fxsight.loading import Pending, Source
 from fxsight.model import Model
+from fxsight.names import Blocks, blocks_path
 from fxsight.plan import Plan
 from fxsight.prompts import Prompts
 from fxsight.rename import Rename
@@ -122,6 +123,23 @@ class LanguageModel(Model):
         In a block it is ``tracer.tokens("Eiffel Tower")``.  Raises: InputError.
         """
         return self._inputs.tokens(self._inputs.prepare(args, kwargs))  # type: ignore[no-any-return]
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks, with names for their values: ``model.blocks[3].resid_pre``, ``.attn_out``, ``.pattern``.
+
+        Raises: UnknownAddress where it is not clear which they are.
+        """
+        return Blocks(self[blocks_path(self._module)])
+
+    @property
+    def logits(self) -> Any:
+        """In a trace: the logits, a value of shape [rows, length, vocabulary]."""
+        return self.output["logits"]
+
+    @logits.setter
+    def logits(self, value: Any) -> None:
+        self.output["logits"][:] = value
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """``Model.trace``, of prompts."""
