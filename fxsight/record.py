@@ -475,6 +475,12 @@ class Recorder:
         passes, marked = body.gradients.passes(), body.gradients.marked
         return replace(asked, backwards=passes, learned=learned, shared=shared, marked=marked)
 
+    @property
+    def teaches(self) -> bool:
+        """Whether its run gives tensors a ``.grad``."""
+        given = self._given().values() if not self.body.gradients.is_empty else ()
+        return any(one.leaves != () for one in self.body.gradients.passes()) and any(x.requires_grad for x in given)
+
     def _given(self) -> dict[str, torch.Tensor]:
         """The tensors that a program of this body is given, by what they are bound to."""
         weights = [str(b.key) for b in self.program.bindings.values() if b.kind == "weight"]

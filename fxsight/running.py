@@ -18,7 +18,7 @@ from fxsight.context import here
 from fxsight.edit import Edit
 from fxsight.errors import TraceError
 from fxsight.inputs import PLAIN, Inputs
-from fxsight.intervention import Save
+from fxsight.intervention import Intervention, Save
 from fxsight.invoke import Batch, Invoker
 from fxsight.keep import Keeper
 from fxsight.lost import warn_of_lost_edits, warn_of_unused_results
@@ -28,6 +28,7 @@ from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.rows import Call, Rows
 from fxsight.run import Executable
+from fxsight.sizes import holds
 from fxsight.tree import flatten, plain_leaves
 from fxsight.value import Value, check_usable, values_in
 from fxsight.walk import Finish, Walk
@@ -47,6 +48,7 @@ class Running:
     _base: Program  # the same as it was captured
     _sizes: Mapping[str, int]
     _constants: Sequence[torch.Tensor]
+    _asked: Intervention
     _results: list[Value]
 
     def __init__(
@@ -136,7 +138,7 @@ class Running:
         recorder.has_warned |= any(said)
         known = [*constants, *self._known.values()]
         shared = self.captures.executable(self._captured, asked, [], self._tier(), self._sizes, self._use_known())
-        self._executable = shared.bound(known, bool(self._known))
+        self._executable, self._asked = shared.bound(known, bool(self._known)), asked
         self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
         self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]
         recorder.phase, recorder.alive = "done", None
@@ -152,6 +154,7 @@ class Running:
             self._batch = Batch([call], False, self._inputs)
         captured, sizes = self.captures.find(*call)
         if self._executable is None and captured is self._base:
+            self._sizes = sizes
             self._written.move(self._places, sizes)
             return self.run(wanted)
         fixed = self.program.fixed if self._executable is not None else {}
@@ -160,7 +163,11 @@ class Running:
                 "the elements of this loop take different ways through the model, or the block looks at sizes or "
                 "numbers; write `for item in session.iter(...):`"
             )
-        return self._fill(self.program.run(flatten(call)[0], self._written.constants, call))
+        constants = self._written.constants
+        if not holds(self.program.program, sizes):  # gradients are written out for some sizes
+            shared = self.captures.executable(self._captured, self._asked, [], self._tier(), sizes)
+            self._executable = shared.bound(constants, False)
+        return self._fill(self.program.run(flatten(call)[0], constants, call))
 
     def _fill(self, results: Sequence[torch.Tensor]) -> None:
         """Each saved value becomes its tensor, each tensor of the user's that was changed its new value."""

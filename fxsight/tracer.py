@@ -86,7 +86,7 @@ class Tracer(Running):
 
     def _end(self, walk: Walk) -> None:
         finish = walk.step.finish if walk.fast and walk.step is not None else None
-        if finish is not None:
+        if finish is not None and (finish.learning is None or finish.learning == self._learning(walk)):
             self._run_finished(walk, finish)
             return
         walk.settle()
@@ -94,12 +94,31 @@ class Tracer(Running):
         self._finish(recorder)
         session = here().session
         if session is not None:
-            recorder.phase = "waiting"
-            session.add(self)
+            self._wait(recorder, session)
             return
+        learning = None if recorder.body.gradients.is_empty else self._learning(walk)
         self.run([])
         if self._executable is not None and not self._updates and not self.is_decided:
-            walk.remember(self._executable, recorder.constants, self._numbers)
+            walk.remember(self._executable, recorder.constants, self._numbers, learning)
+
+    def _wait(self, recorder: Recorder, session: Any) -> None:
+        """For the end of the session; a block that gives tensors of the user's gradients runs at once, with all before.
+
+        Raises: TraceError for such a block in one that is written once, around which an optimizer's step would not be.
+        """
+        teaches = recorder.teaches
+        if teaches and session.is_written_down:
+            raise TraceError(
+                "backward() gives a .grad to tensors of yours, and this block is written once for all elements: what "
+                "follows it, such as optimizer.step(), would be done once; write `for item in session.iter(...):`"
+            )
+        recorder.phase = "waiting"
+        session.add(self)
+        if teaches:
+            session.force()
+
+    def _learning(self, walk: Walk) -> Any:
+        return walk.learning(self.captures.watched().tensors, self.inputs)
 
     def _run_finished(self, walk: Walk, finish: Finish) -> None:
         """The body has gone a known way to its end: run the program that is there."""

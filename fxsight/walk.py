@@ -11,7 +11,7 @@ body is simply recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, cast
@@ -19,7 +19,6 @@ from typing import Any, Protocol, cast
 import torch
 
 from fxsight import _torch
-from fxsight.backward import STATEMENTS, about_gradients
 from fxsight.body import check_unchanged
 from fxsight.edit import Edit
 from fxsight.lines import user_line
@@ -34,11 +33,15 @@ WAYS = 256  # kept after one statement; a body whose numbers vary more is record
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of a way: the program, which tensors are its constants, which value gets which result."""
+    """The end of a way: the program, which tensors are its constants, which value gets which result.
+
+    learning: of a program with backward passes, what required gradients when it was made.
+    """
 
     executable: Executable
     constants: tuple[int, ...]
     results: tuple[tuple[int, int], ...]
+    learning: Any = None
 
 
 @dataclass(eq=False)
@@ -125,7 +128,7 @@ _PLAIN = frozenset(
         bytes,
     ]
 )
-_LEAVING = NUMBERS | STATEMENTS | {"__set__", "nonzero", "argwhere", "masked_select", "unique"}
+_LEAVING = NUMBERS | {"register_hook", "nonzero", "argwhere", "masked_select", "unique"}
 
 
 class Walk:
@@ -193,8 +196,7 @@ class Walk:
         if self._busy:
             return self._do("call", (func, args, kwargs))
         try:
-            name = getattr(func, "__name__", "")
-            if name in _LEAVING or about_gradients(func, name):
+            if getattr(func, "__name__", "") in _LEAVING:
                 raise Unknown
             named = tuple((name, self._key(value)) for name, value in kwargs.items()) if kwargs else ()
             key = ("call", func, self._key(args), named)
@@ -436,7 +438,14 @@ class Walk:
         name = self._names.get(id(tensor))
         if name is not None:
             return ("weight", name)
-        return ("tensor", number, tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        return ("tensor", number, tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.requires_grad)
+
+    def learning(self, weights: Iterable[torch.Tensor], inputs: Sequence[Any]) -> Any:
+        """What requires gradients now, and which tensors of the body are inputs."""
+        places = {id(x): i for i, x in enumerate(inputs)}
+        given = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        same = tuple(places.get(id(tensor), -1) for tensor in self._tensors)
+        return (tuple(weight.requires_grad for weight in weights), given, same)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -450,13 +459,15 @@ class Walk:
         check_unchanged(found, [self._versions[number] for number in finish.constants])
         return found
 
-    def remember(self, executable: Executable, constants: list[torch.Tensor], results: list[int]) -> None:
+    def remember(
+        self, executable: Executable, constants: list[torch.Tensor], results: list[int], learning: Any = None
+    ) -> None:
         """The way that has been gone ends in this program; ``results``: the values that its results belong to."""
         numbers = [self._ids.get(id(tensor), -1) for tensor in constants]
         if self.step is None or -1 in numbers or -1 in results:
             return
         pairs = {value: place for place, value in reversed(list(enumerate(results)))}
-        self.step.finish = Finish(executable.bound([], False), tuple(numbers), tuple(pairs.items()))
+        self.step.finish = Finish(executable.bound([], False), tuple(numbers), tuple(pairs.items()), learning)
 
     def end(self) -> None:
         """The block has ended: nothing but names for messages is kept."""

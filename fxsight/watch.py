@@ -26,10 +26,10 @@ class Watch:
         self._pairs = [(d, dict(d)) for d in watched]
         self._hooks = [d[name] for d in dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooked = sum(map(len, self._hooks))
-        self._tensors = [
+        self.tensors = [
             t for d in dicts for name in ("_parameters", "_buffers") for t in d[name].values() if t is not None
         ]
-        self._memory = [t.data_ptr() for t in self._tensors]
+        self._memory = [t.data_ptr() for t in self.tensors]
         self.names = _names(module)
 
     def same(self) -> bool:
@@ -40,7 +40,7 @@ class Watch:
                     return False
         except RuntimeError:  # tensors were compared: one of them has been replaced
             return False
-        if [t.data_ptr() for t in self._tensors] != self._memory:
+        if [t.data_ptr() for t in self.tensors] != self._memory:
             return False
         return sum(map(len, self._hooks)) == self._hooked
 
