@@ -103,6 +103,7 @@ class Gradients:
         self._marked: dict[fx.Node, None] = {}
         self.inside: list[int] = []
         self.enabled = True  # whether the block began with gradients enabled
+        self.unseen = ""  # the line of an edit in place that autograd does not see
 
     # -- what a body says --------------------------------------------------------------------------------------------
 
@@ -114,6 +115,8 @@ class Gradients:
             return self.write(*args)
         if name == "backward":
             return self.backward(args[0], **kwargs)
+        if name == "backward of several":
+            return self.backward_of(*args, **kwargs)
         if name == "grad":
             return self.grad(*args, **kwargs)
         if name in ("requires_grad_", "requires_grad", "retain_grad"):
@@ -171,11 +174,27 @@ class Gradients:
 
         Raises: RuntimeError as torch does, for a loss that is no scalar, and where gradients are disabled.
         """
-        given = [] if inputs is None else list(inputs.values() if isinstance(inputs, dict) else _several(inputs))
+        return self.backward_of([loss], [gradient], retain_graph, create_graph, inputs=inputs)
+
+    def backward_of(
+        self,
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> Pass:
+        """``torch.autograd.backward``: one pass from several losses.
+
+        Raises: as ``backward``.
+        """
+        losses, given = _several(tensors), [] if inputs is None else _several(inputs)
+        seeds = (None,) * len(losses) if grad_tensors is None else _several(grad_tensors)
         leaves = tuple(self._body.node_of(x).name for x in given if not isinstance(x, Value))
-        seeds, retain = (self._seed(loss, gradient),), create_graph if retain_graph is None else retain_graph
-        asked = Backward((self._loss(loss),), seeds, (), None if inputs is None else leaves, retain, create_graph)
-        number = self._begin(asked)
+        begun, names = tuple(map(self._seed, losses, seeds)), tuple(map(self._loss, losses))
+        retain = create_graph if retain_graph is None else retain_graph
+        number = self._begin(Backward(names, begun, (), None if inputs is None else leaves, retain, create_graph))
         self._full.append(number)
         for key, arrival in list(self._arrivals.items()):
             if arrival.number == NEXT:
@@ -307,6 +326,11 @@ class Gradients:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     @property
+    def is_off(self) -> bool:
+        """Whether a statement stands under ``torch.no_grad()``, in a block that does not."""
+        return self.enabled and not torch.is_grad_enabled()
+
+    @property
     def is_empty(self) -> bool:
         """Whether the body has said nothing of gradients."""
         return not (self._passes or self._arrivals)
@@ -325,7 +349,12 @@ class Gradients:
         return tuple(node.name for node in self._marked)
 
     def check_answered(self) -> None:
-        """Raises: TraceError for a gradient that no pass computes."""
+        """Raises: TraceError for a gradient that no pass computes, and for an edit that none can see."""
+        if self._passes and self.unseen:
+            raise TraceError(
+                f"{self.unseen}: this edit in place stands under torch.no_grad(), and the block has a backward pass, "
+                "which would not see it; write it outside of torch.no_grad(), or assign a new value"
+            )
         for arrival in self._arrivals.values():
             if arrival.number == NEXT:
                 raise TraceError(
@@ -366,8 +395,9 @@ def about_gradients(func: Any, name: str) -> str:
     if name in ("__get__", "__set__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         return _ATTRIBUTES.get((name, attribute), "")
-    return "grad" if func is torch.autograd.grad else name if name in STATEMENTS else ""
+    return _FUNCTIONS.get(func, "") if func in _FUNCTIONS else name if name in STATEMENTS else ""
 
 
 STATEMENTS = frozenset(["backward", "requires_grad_", "retain_grad", "register_hook"])
+_FUNCTIONS = {torch.autograd.grad: "grad", torch.autograd.backward: "backward of several"}
 _ATTRIBUTES = {("__get__", "grad"): "get", ("__set__", "grad"): "set", ("__set__", "requires_grad"): "requires_grad"}

@@ -191,7 +191,10 @@ class Body:
         if not rule.has_tensors:
             return rule.tree.build(rule.leaves)
         node_args, node_kwargs = tree.build([self._argument(leaf) for leaf in leaves])
-        return self._wrap(rule, self._add(func, node_args, node_kwargs, rule.spec), leaves, (func, tree))
+        made = self._wrap(rule, self._add(func, node_args, node_kwargs, rule.spec), leaves, (func, tree))
+        if self.gradients.is_off and func is not torch.Tensor.detach:
+            return map_leaves(lambda x: self.operation(torch.Tensor.detach, (x,), {}) if self.is_own(x) else x, made)
+        return made
 
     def _with_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A result whose shape depends on numbers: computed now, and a constant from here on."""
@@ -275,6 +278,8 @@ class Body:
         before = self.current(root)
         asked = (before, tuple(views), self._name(func), tuple(args), dict(kwargs))
         node = self._add(mutate, asked, {}, before.meta["spec"])
+        if self.gradients.is_off:
+            self.gradients.unseen = self._owner.line()
         self.remember(root)
         root.version = root.seen = next(self._clock)
         root.node = node

@@ -275,8 +275,12 @@ class Captures:
         sizes: Mapping[str, int],
         known: UseKnown | None,
     ) -> Executable:
-        """The program of an intervention that needs numbers at once; in-place calls still written as values."""
-        finished = demand_pipeline(asked, known, joint_for(asked, sizes))(program)
+        """The program of an intervention that needs numbers at once; in-place calls still written as values.
+
+        Gradients flow through no known value: with them all is computed again.
+        """
+        joint = joint_for(asked, sizes)
+        finished = demand_pipeline(asked, known if joint is None else None, joint)(program)
         return self._executable(finished, asked, constants, "eager", False)
 
     def weight(self, name: str) -> torch.Tensor:

@@ -161,6 +161,7 @@ class Walk:
         self._dressed: list[Dressed] = []
         self._structures: dict[int, int] = {}
         self._building = False
+        self._differentiates = torch.is_grad_enabled()
 
     @property
     def ended(self) -> bool:
@@ -196,7 +197,7 @@ class Walk:
         if self._busy:
             return self._do("call", (func, args, kwargs))
         try:
-            if getattr(func, "__name__", "") in _LEAVING:
+            if getattr(func, "__name__", "") in _LEAVING or torch.is_grad_enabled() != self._differentiates:
                 raise Unknown
             named = tuple((name, self._key(value)) for name, value in kwargs.items()) if kwargs else ()
             key = ("call", func, self._key(args), named)
@@ -295,9 +296,10 @@ class Walk:
             return
         self.fast = False
         recorder = self._recorder = self._trace.begin_recorder()
-        for what, given, result, step in self._log:
-            recorder.line = lambda line=step.line: line  # type: ignore[misc]
-            self._take_over(result, self._do(what, given))
+        with torch.set_grad_enabled(self._differentiates):
+            for what, given, result, step in self._log:
+                recorder.line = lambda line=step.line: line  # type: ignore[misc]
+                self._take_over(result, self._do(what, given))
         recorder.line = user_line
 
     def _take_over(self, mine: Any, theirs: Any) -> None:
