@@ -215,10 +215,11 @@ class Tracer(Running):
 
     def do_edit(self, edit: Edit) -> None:
         """All statements of an edit, written down."""
-        replay(edit, self._written, self._find)
+        replay(edit, self._written, self.find)
         self._skipped += [(address, None, line) for address, line in edit.skipped]
 
-    def _find(self, address: Address) -> tuple[Place, Sequence[Location | None]]:
+    def find(self, address: Address) -> tuple[Place, Sequence[Location | None]]:
+        """The place of an address, and its locations: one for each leaf of its port."""
         place = self.place(address.place)
         return place, self._places.locations(place, address.port)[1]
 

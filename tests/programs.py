@@ -241,7 +241,7 @@ def run_with_hooks(steps: Sequence[Step], net: nn.Module, ids: Tensor) -> tuple[
     ids: i64[batch, length]. What is written is computed when the forward reaches the location written to.
     LookupError: a written or saved value needs a read that the forward has not reached by then.
     """
-    values = _Values(steps)
+    values = Values(steps)
     located = [step for step in steps if isinstance(step, ReadStep | AssignStep | InplaceStep)]
     with ExitStack() as stack, torch.no_grad():
         for path, port in locations(located):
@@ -251,7 +251,7 @@ def run_with_hooks(steps: Sequence[Step], net: nn.Module, ids: Tensor) -> tuple[
         return [values.of(step.var) for step in steps if isinstance(step, SaveStep)], logits
 
 
-class _Values:
+class Values:
     """The variables of a program while its forward runs: reads as they are met, the rest when asked for."""
 
     def __init__(self, steps: Sequence[Step]) -> None:

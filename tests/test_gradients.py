@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxsight
-from fxsight.errors import TraceError, WriteError
+from fxsight.errors import EditError, TraceError, WriteError
 
 Hook = Callable[[Tensor], Tensor | None]
 
@@ -354,6 +354,84 @@ def test_values_on_demand() -> None:
     assert norm == gradient.norm().item()
 
 
+def test_numbers_that_were_asked_for_before() -> None:
+    model = fxsight.Model(_net(), cache=False)
+    with model.trace(_x()):
+        loss = model.output.pow(2).sum()
+        before = loss.item()
+        loss.backward()
+        gradient = model.layer1.output.grad
+        norm = float(gradient.norm())
+        gradient.save()
+        loss.save()
+    assert before == loss.item()
+    assert norm == float(gradient.norm())
+
+
+def test_several_losses() -> None:
+    net = _net()
+    model = fxsight.Model(net, cache=False)
+    with twin(net, {"layer1": None}) as expected:
+        out = net(_x())
+        torch.autograd.backward([out[:, 0].sum(), out[:, 1]], [None, torch.ones(3)])
+    with model.trace(_x()):
+        out = model.output
+        torch.autograd.backward([out[:, 0].sum(), out[:, 1]], [None, torch.ones(3)])
+        gradient = model.layer1.output.grad.save()
+    assert torch.equal(gradient, expected["layer1"])
+
+
+def test_statements_under_no_grad_are_constants() -> None:
+    net = _net()
+    model = fxsight.Model(net, cache=False)
+    h = net.layer1(_x()).requires_grad_()
+    with torch.no_grad():
+        half = h * 0.5
+    (h * half).sum().backward()
+    for _ in range(2):
+        with model.trace(_x()):
+            found = model.layer1.output
+            with torch.no_grad():
+                constant = found * 0.5
+            (found * constant).sum().backward()
+            gradient = found.grad.save()
+        assert torch.equal(gradient, h.grad)
+
+
+def test_a_branch_that_is_not_taken_has_no_backward_pass() -> None:
+    model = fxsight.Model(_net(), cache=False)
+    with model.trace(_x()) as tracer:
+        h = model.layer3.output
+        with tracer.cond(False):
+            h.grad[:] = 0
+            model.output.pow(2).sum().backward()
+        model.output.sum().backward()
+        gradient = h.grad.save()
+    assert torch.equal(gradient, torch.ones(3, 2))
+
+
+def test_shapes_alone() -> None:
+    model = fxsight.Model(_net(), cache=False)
+    with model.scan(_x()):
+        model.output.sum().backward()
+        gradient = model.layer1.output.grad.save()
+    assert gradient.device.type == "meta"
+    assert gradient.shape == (3, 8)
+
+
+def test_compiled() -> None:
+    net = _net(False)
+    model = fxsight.Model(net, cache=False)
+    net(_x()).pow(2).sum().backward()
+    expected = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    with model.trace(_x(), backend="inductor") as tracer:
+        model.output.pow(2).sum().backward()
+    assert tracer.tier == "inductor"
+    for p, g in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -418,3 +496,20 @@ def test_integers_have_none() -> None:
 def test_hooks_are_not_recorded() -> None:
     message = r"register_hook of a traced value is not recorded; write h.grad = f\(h.grad\), before or after backward"
     _refused(TraceError, message, lambda model: model.output.register_hook(print))
+
+
+def test_an_edit_that_autograd_does_not_see() -> None:
+    def body(model: Any) -> None:
+        with torch.no_grad():
+            model.layer1.output[:] = 0
+        model.output.sum().backward()
+
+    message = r"this edit in place stands under torch.no_grad\(\), and the block has a backward pass"
+    _refused(TraceError, message, body)
+
+
+def test_an_edit_that_stays_has_no_backward_pass() -> None:
+    model: Any = fxsight.Model(_net(), cache=False)
+    with pytest.raises(EditError, match="an edit has no backward pass; ask for gradients in a trace"), model.edit(_x()):
+        model.layer1.output = model.layer1.output * 2
+        model.output.sum().backward()

@@ -13,7 +13,7 @@ from fxsight.model import Model
 from tests.programs import SaveStep
 from tests.random_blocks import AnyStep, Invoke, NumberStep, Script, SkipStep, describe, random_script, run_with_hooks
 from tests.random_programs import places
-from tests.test_random_programs import _do, _module
+from tests.test_random_programs import _module, run_step
 from tests.zoo import tiny_transformer, token_ids
 
 QUICK = 50
@@ -30,23 +30,23 @@ def run_with_fxsight(script: Script, model: Model) -> tuple[list[torch.Tensor], 
         for trace in script:
             if len(trace) == 1:
                 with model.trace(trace[0].ids()):
-                    _do_all(trace[0], model, known, saved)
+                    run_step_all(trace[0], model, known, saved)
                     logits.append(model.output.save())
                 continue
             with model.trace() as tracer:
                 for invoke in trace:
                     with tracer.invoke(invoke.ids()):
-                        _do_all(invoke, model, known, saved)
+                        run_step_all(invoke, model, known, saved)
                 logits.append(model.output.save())
     return saved, logits
 
 
-def _do_all(invoke: Invoke, model: Model, known: dict[str, Any], saved: list[Any]) -> None:
+def run_step_all(invoke: Invoke, model: Model, known: dict[str, Any], saved: list[Any]) -> None:
     for step in invoke.steps:
-        _do_one(step, model, known, saved)
+        run_step_one(step, model, known, saved)
 
 
-def _do_one(step: AnyStep, model: Model, known: dict[str, Any], saved: list[Any]) -> None:
+def run_step_one(step: AnyStep, model: Model, known: dict[str, Any], saved: list[Any]) -> None:
     match step:
         case SkipStep(path, var):
             _module(model, path).skip(known[var])
@@ -55,7 +55,7 @@ def _do_one(step: AnyStep, model: Model, known: dict[str, Any], saved: list[Any]
         case SaveStep(var):
             saved.append(fxsight.save(known[var]))
         case _:
-            _do(step, model, known, saved)
+            run_step(step, model, known, saved)
 
 
 def check(first: int, count: int) -> None:

@@ -35,12 +35,12 @@ def run_with_fxsight(steps: Program, model: Model, ids: torch.Tensor) -> tuple[l
     saved: list[Any] = []
     with model.trace(ids, backend="eager"):
         for step in steps:
-            _do(step, model, known, saved)
+            run_step(step, model, known, saved)
         logits = model.output.save()
     return saved, logits
 
 
-def _do(step: Step, model: Model, known: dict[str, Any], saved: list[Any]) -> None:
+def run_step(step: Step, model: Model, known: dict[str, Any], saved: list[Any]) -> None:
     match step:
         case ReadStep(var, path, port):
             known[var] = getattr(_module(model, path), port)
