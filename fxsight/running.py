@@ -16,6 +16,7 @@ from fxsight.become import become
 from fxsight.captures import Captures
 from fxsight.context import here
 from fxsight.edit import Edit
+from fxsight.effects import is_random
 from fxsight.errors import TraceError
 from fxsight.inputs import PLAIN, Inputs
 from fxsight.intervention import Intervention, Save
@@ -134,6 +135,7 @@ class Running:
         """Compute what was saved, and some values besides; they become plain tensors."""
         recorder, constants = self._written, self._written.constants
         asked = recorder.asked(wanted, self._kept)
+        self._check_draws(asked)
         said = [warn_of_lost_edits(recorder.body, asked), warn_of_unused_results(recorder.body, asked)]
         recorder.has_warned |= any(said)
         known = [*constants, *self._known.values()]
@@ -191,6 +193,7 @@ class Running:
         """The numbers of some nodes, now."""
         recorder, constants = self._written, self._written.constants
         asked, known = recorder.demanded(nodes), self._use_known()
+        self._check_draws(asked)
         executable = self.captures.demanded(self._captured, asked, constants, self._sizes, known)
         program = executable.program
         values = executable.run_keeping(self.inputs, [*constants, *self._known.values()])
@@ -199,6 +202,17 @@ class Running:
             if isinstance(values.get(name), torch.Tensor):
                 self._known.setdefault(mark, values[name])
         return results
+
+    def _check_draws(self, asked: Intervention) -> None:
+        """Gradients flow through no known value, so that what is known is computed again.
+
+        Raises: TraceError where random numbers would be drawn again.
+        """
+        if asked.backwards and self._known and any(map(is_random, self._captured.graph.nodes)):
+            raise TraceError(
+                "this block has a backward pass and has asked for numbers before its end, and the model draws random "
+                "numbers, which would be others the second time; ask for numbers after the block"
+            )
 
     def _use_known(self) -> UseKnown | None:
         """What has been computed for this body already, as constants after its own."""

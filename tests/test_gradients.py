@@ -513,3 +513,13 @@ def test_an_edit_that_stays_has_no_backward_pass() -> None:
     with pytest.raises(EditError, match="an edit has no backward pass; ask for gradients in a trace"), model.edit(_x()):
         model.layer1.output = model.layer1.output * 2
         model.output.sum().backward()
+
+
+def test_random_numbers_are_not_drawn_twice() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2))
+    model: Any = fxsight.Model(net.train(), cache=False)
+    message = "this block has a backward pass and has asked for numbers before its end, and the model draws random"
+    with pytest.raises(TraceError, match=message), model.trace(_x()):
+        loss = model.output.sum()
+        print(loss.item())
+        loss.backward()
