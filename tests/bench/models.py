@@ -62,10 +62,10 @@ def kernel() -> nn.Module:
     return _frozen(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()))
 
 
-def deep(depth: int) -> nn.Module:
+def deep(depth: int, positions: int = 64) -> nn.Module:
     """T2's model with as many layers."""
     return _language_model(
-        n_layer=depth, n_embd=64, n_head=4, vocab_size=128, n_positions=64, bos_token_id=None, eos_token_id=None
+        n_layer=depth, n_embd=64, n_head=4, vocab_size=128, n_positions=positions, bos_token_id=None, eos_token_id=None
     )
 
 
