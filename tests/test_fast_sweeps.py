@@ -304,3 +304,43 @@ def test_random_sweeps(seed: int) -> None:
     draw_second = draw.random() < 0.5
     axes = {"layer": layers, "vector": vectors, "position": draw.sample(range(LENGTH), 3), "strength": [0.0, 1.5]}
     compare(model, body, x, **axes)
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+def ablation(position: int) -> Any:
+    gpt2().transformer.h[0].output[:, position] = 0
+    return last(gpt2())
+
+
+def test_chunks_fit_the_budget() -> None:
+    plan = gpt2().plan(ablation, ids(2), mode="fast", budget=1, position=range(LENGTH))
+    assert f"{LENGTH} cells by length, in at most {LENGTH} chunks of 1 B" in plan.explain()
+    grid = plan.run()
+    assert len(plan.groups[0].together.done) == LENGTH
+    assert_close(grid.values, gpt2().sweep(ablation, ids(2), position=range(LENGTH)).values, rtol=1e-4, atol=1e-5)
+    assert f"computed       {sum(range(1, LENGTH + 1))} of {LENGTH**2} rows" in plan.explain()
+
+
+@pytest.mark.parametrize("budget", [0, -1, 2.5, "1 GB"])
+def test_a_budget_is_a_number_of_bytes(budget: Any) -> None:
+    with pytest.raises(fxsight.TraceError, match=r"budget=.*: a number of bytes, for example budget=256 \* 2\*\*20"):
+        gpt2().sweep(ablation, ids(2), mode="fast", budget=budget, position=range(LENGTH))
+
+
+def test_interrupted_it_returns_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = gpt2().plan(ablation, ids(2), mode="fast", budget=1, position=range(LENGTH))
+    keep, seen = plan._keep, list[int]()
+
+    def interrupted(grid: Any, number: int, results: Any) -> None:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(number)
+        keep(grid, number, results)
+
+    monkeypatch.setattr(plan, "_keep", interrupted)
+    with pytest.warns(fxsight.SweepWarning, match="2 of 6 cells were done"):
+        grid = plan.run()
+    assert grid.done.tolist() == [True, True, False, False, False, False]
+    assert grid.values[2:].isnan().all() and grid.mode == "fast"
