@@ -268,6 +268,8 @@ class Body:
         """Write an in-place call down as a new value of the base of what it changes."""
         assert rule.changed is not None
         changed = leaves[rule.changed]
+        if func is torch.Tensor.__setitem__ and self._is_itself(changed, leaves, tree):
+            return None
         cell = changed.cell if self.is_own(changed) else self._update_cell(changed)
         args, kwargs = tree.build([SELF if x is changed else self._argument(x) for x in leaves])
         root = cell.root
@@ -286,6 +288,15 @@ class Body:
         self.mutated.append(root)
         self._edited(root)
         return changed if rule.returns_changed else rule.tree.build(rule.leaves)
+
+    def _is_itself(self, changed: Any, leaves: list[Any], tree: Tree) -> bool:
+        """Whether a part is given what it is already: the end of ``h[:, 0] += 1``, in Python's reading of it."""
+        value = leaves[-1]
+        if len(list(filter(_is_tensor, leaves))) != 2 or not (self.is_own(changed) and self.is_own(value)):
+            return False
+        key = tree.build([SELF if x is changed else x for x in leaves])[0][1]
+        is_taken_so = value.cell.step == ("torch.Tensor.__getitem__", (SELF, key), {}, ())
+        return value.cell.base is changed.cell and is_taken_so
 
     def remember(self, cell: Cell) -> None:
         """In a branch not taken: keep what the cell was."""
@@ -408,6 +419,10 @@ def _dimensions(name: str, args: Any, kwargs: Any) -> tuple[int, ...] | None:
     if name == "size" and type(given) is int:
         return (given,)
     return (0,) if name == "__len__" else None
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
 
 
 def _fake(leaf: Any) -> Any:
