@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,14 @@ class Source:
 
         Raises: LoadError when there is nothing to load; what ``from_pretrained`` raises.
         """
-        config = self._found(self._config)
-        module: nn.Module = self._found(lambda: self._class(config).from_pretrained(self.name, **self.options))
-        return module
+        config, options = self._found(self._config), dict(self.options)
+        where = options.get("device_map")
+        alone = isinstance(where, str) and find_spec("accelerate") is None  # then one device is what there can be
+        if alone:
+            del options["device_map"]
+        module: nn.Module = self._found(lambda: self._class(config).from_pretrained(self.name, **options))
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        return module.to(best if where == "auto" else where) if alone else module
 
     def empty(self) -> nn.Module:
         """The model without weights (on the device "meta"), in evaluation mode; with them where its constructor needs

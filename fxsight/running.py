@@ -67,6 +67,9 @@ class Running:
         session = here().session
         given: Call | None = session.example(call) if session and call is not None else call
         self._batch = Batch([] if given is None else [inputs.prepare(*given)], given is None, inputs)
+        if self._batch.calls:
+            tracer: Any = self
+            self.invoker = Invoker(tracer, self._batch.calls[0])
         self._backend: Backend = backend
         self._known: dict[str, torch.Tensor] = {}
         self._differentiates = torch.is_grad_enabled()

@@ -162,7 +162,9 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
         opened = members_of(value)
         return "object", list(opened), list(opened.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        members = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+        own = getattr(value, "__dict__", {})  # a config may refuse to give what it has in another form for each layer
+        names = [f.name for f in dataclasses.fields(value)]
+        members = {name: own[name] if name in own else getattr(value, name, None) for name in names}
         if any(isinstance(member, torch.Tensor) for member in members.values()):
             return "fields", list(members), list(members.values())
     return None

@@ -43,7 +43,31 @@ SMALL: dict[str, int] = {
 }
 
 # What has to be said besides.
-RECIPES: dict[str, dict[str, Any]] = {}
+_HEADS = {"num_key_value_heads": 4}  # latent attention has as many keys as queries
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+RECIPES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _HEADS),
+    **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "dots3_note", "dots3_note_text"), _HEADS),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "bailing_hybrid"), _HYBRID),
+    **{kind: {"text_config": _HYBRID} for kind in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")},
+    **{kind: {"rotary_dim": 4} for kind in ("codegen", "gptj")},
+    **{kind: {"head_dim": 8} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "deepseek_v2": {**_HEADS, "topk_group": 1, "n_group": 1},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "kimi_linear": {**_HYBRID, **_HEADS},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    "reformer": {"is_decoder": True},
+}
 
 
 def names() -> dict[str, str]:
