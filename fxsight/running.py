@@ -61,15 +61,12 @@ class Running:
         edits: Sequence[Edit] = (),
     ) -> None:
         self.captures, self._inputs, self.edits = captures, inputs, edits
-        self.invoker: Invoker | None = None  # the last
+        self._invoker: Invoker | None = None  # the last
         self.asked_call = call  # in a loop of a session it may hold items, which are known when the loop runs
         check_inputs(call)
         session = here().session
         given: Call | None = session.example(call) if session and call is not None else call
         self._batch = Batch([] if given is None else [inputs.prepare(*given)], given is None, inputs)
-        if self._batch.calls:
-            tracer: Any = self
-            self.invoker = Invoker(tracer, self._batch.calls[0])
         self._backend: Backend = backend
         self._known: dict[str, torch.Tensor] = {}
         self._differentiates = torch.is_grad_enabled()
@@ -81,6 +78,13 @@ class Running:
         self._skipped: list[tuple[Address, Rows | None, str]] = []
         self._keepers: list[Keeper] = []
         self._kept: list[Save] = []
+
+    @property
+    def invoker(self) -> Invoker | None:
+        """The last invoke; of a trace with an input, one that has it, while the block is open."""
+        tracer: Any = self
+        calls = self._batch.calls
+        return Invoker(tracer, calls[0]) if self._invoker is None and calls else self._invoker
 
     def forget(self) -> None:
         """Nothing of the run is kept alive by values that were not saved, nor by the tracer."""

@@ -354,7 +354,7 @@ class Tracer(Running):
         Raises: TraceError inside another invoke, or where its input cannot join the batch.
         """
         self._batch.enter(invoker)
-        self.invoker = invoker
+        self._invoker = invoker
         if not invoker.has_input:
             self.recorder.rows = None
             return
