@@ -69,7 +69,15 @@ def deep(depth: int, positions: int = 64) -> nn.Module:
     )
 
 
+def speaking() -> nn.Module:
+    """T2's model with room for 128 tokens more."""
+    return _language_model(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=128, n_positions=256, bos_token_id=None, eos_token_id=None
+    )
+
+
 LANGUAGE: Mapping[str, Callable[[], nn.Module]] = {"toy": toy, "gpt2": gpt2}
+SPEAKING: Mapping[str, Callable[[], nn.Module]] = {"toy": speaking, "gpt2": gpt2}
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     **LANGUAGE,
     "small": small,

@@ -121,6 +121,27 @@ def residual_grid(name: str, quick: bool) -> Job:
     return job
 
 
+# -- W15 -----------------------------------------------------------------------------------------------------
+
+
+def steered(name: str, tokens: int, quick: bool) -> Job:
+    """A vector at every block and step."""
+    transformers = importlib.import_module("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("docs/demo/model")
+    model = nnsight.LanguageModel(models.SPEAKING[name](), tokenizer=tokenizer)
+    ids, vector = models.tokens(model, 1, LENGTH), models.direction(model)
+
+    def job() -> list[Tensor]:
+        with model.generate(ids, max_new_tokens=16 if quick else tokens, do_sample=False, pad_token_id=0) as tracer:
+            for _ in tracer.iter[: 16 if quick else tokens]:
+                for block in model.transformer.h:
+                    block.output = block.output + vector
+            found = tracer.result.save()
+        return [found]
+
+    return job
+
+
 JOBS: Mapping[str, Callable[[bool], Job]] = {
     "t1 empty trace": partial(_layers, empty),
     "t1 1 save": partial(_layers, one_save),
@@ -131,5 +152,6 @@ JOBS: Mapping[str, Callable[[bool], Job]] = {
         for name in models.LANGUAGE
         for body in (read, steer, only)
     },
+    **{f"w15 {name}": partial(steered, name, tokens) for name, tokens in (("toy", 128), ("gpt2", 32))},
     **{f"w1 {name}": partial(residual_grid, name) for name in models.LANGUAGE},
 }
