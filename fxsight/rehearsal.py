@@ -81,8 +81,11 @@ def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], 
         steps.append(Known(program, sizes, tree, kinds_of(leaves), marks.setdefault(id(program), {}), made))
         return _answer(program, sizes, (args, kwargs), leaves, never, captures.weight)
 
+    shown = captures.latest, captures.latest_sizes
     with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         returned = getattr(twin(captures.module, forward), method)(*args, **kwargs)
+    if shown[0] is not None:  # what browsing and edits look at is what was looked at before
+        captures.latest, captures.latest_sizes = shown
     if not isinstance(returned, torch.Tensor):
         return steps, None, ""
     return steps, (returned.shape[0], returned.shape[1]), str(returned.device)

@@ -340,6 +340,19 @@ def test_what_a_generation_does_not_do(model: Any) -> None:
         model.generator.output  # noqa: B018
 
 
+def test_not_in_a_session(model: Any) -> None:
+    with pytest.raises(TraceError, match="generate inside a session"), model.session(), model.generate(IDS, **GREEDY):
+        pass
+
+
+def test_browsing_shows_what_it_showed(module: Any) -> None:
+    model: Any = LanguageModel(module)
+    model.capture(IDS)
+    before = model._captures.latest
+    model.generate(IDS, **GREEDY, backend="eager").alone()
+    assert model._captures.latest is before
+
+
 def test_nothing_but_what_is_saved_is_kept(model: Any) -> None:
     gone: list[weakref.ref[Any]] = []
     vector = torch.ones(32)
