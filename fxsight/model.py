@@ -12,9 +12,9 @@ from torch import nn
 
 from fxsight.artifacts import Artifacts
 from fxsight.captures import Captures
+from fxsight.compare import Diff, diff
 from fxsight.containers import Saved
 from fxsight.context import here
-from fxsight.diff import Diff, diff
 from fxsight.dropin import drop_in
 from fxsight.edit_file import export_path, read_edits, write_edits
 from fxsight.edit_text import edits_data, edits_of
@@ -29,7 +29,7 @@ from fxsight.parameters import EditParameters
 from fxsight.plan import Plan
 from fxsight.rename import Aliases, Rename
 from fxsight.running import BACKENDS
-from fxsight.session import Session
+from fxsight.sessions import Session
 from fxsight.store import Store
 from fxsight.sweep import plan_sweep, split_arguments
 from fxsight.tracer import Scan, Tracer

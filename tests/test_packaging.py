@@ -1,3 +1,5 @@
+import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -87,3 +89,20 @@ def test_a_wheel_holds_fxsight_and_nothing_else(tmp_path: Path) -> None:
     code = "import fxsight.compat.nnsight as nnsight; print(nnsight.NNsight.__module__)"
     found = python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
     assert found.stdout == "fxsight.compat.nnsight\n", found.stderr
+
+
+def test_public_names_are_loaded_when_they_are_asked_for() -> None:
+    said = "import sys, fxsight; print('torch' in sys.modules); fxsight.Model; print('transformers' in sys.modules)"
+    done = python("-c", said)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_every_public_name_has_its_home() -> None:
+    source = ast.parse(Path(fxsight.__file__).read_text())
+    block = next(node for node in source.body if isinstance(node, ast.If))
+    typed = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    for name, module in typed.items():
+        assert getattr(fxsight, name) is getattr(importlib.import_module(str(module)), name)
+        assert name in dir(fxsight)
+    with pytest.raises(AttributeError, match="module 'fxsight' has no attribute 'Modell'"):
+        fxsight.Modell  # noqa: B018

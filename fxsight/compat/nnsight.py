@@ -33,7 +33,7 @@ from fxsight.errors import TraceError
 from fxsight.model import Model
 from fxsight.model import apply as apply
 from fxsight.model import save as save
-from fxsight.session import Session
+from fxsight.sessions import Session
 from fxsight.tracer import Tracer
 from fxsight.view import View
 
