@@ -93,7 +93,8 @@ def _exported(program: Program, plain: PlainModule, leaves: Sequence[Any]) -> An
         for place, dim in free_dims(program, number):
             if isinstance(shape[place], int):
                 raise EditError(
-                    f"torch.export does not keep the size {dim} of {name} free: it holds for {shape[place]}"
+                    f"torch.export does not keep the size {dim} of {name} free: it holds for {shape[place]}; "
+                    "where that is 1, give an example in which it is more"
                 )
     return exported
 

@@ -28,6 +28,7 @@ from fxsight.methods import Method
 from fxsight.parameters import EditParameters
 from fxsight.plan import Plan
 from fxsight.rename import Aliases, Rename
+from fxsight.rows import Call
 from fxsight.running import BACKENDS
 from fxsight.sessions import Session
 from fxsight.store import Store
@@ -240,7 +241,7 @@ class Model(View):
 
         Raises: FoldError, saying which edit cannot be put into weights, and why; TraceError without an example.
         """
-        call = self._inputs.prepare(args, kwargs) if self._inputs.are_given(args, kwargs) else self._example()
+        call = self._call_of(args, kwargs)
         if call is None:
             raise TraceError("folding needs an example of the inputs, to compare: edited.fold_edits(x)")
         folded = fold_into_weights(self._module, self.edits)
@@ -254,8 +255,7 @@ class Model(View):
 
         Raises: EditError; TraceError without example and forward.
         """
-        given = self._inputs.are_given(args, kwargs)
-        call = self._inputs.prepare(args, kwargs) if given else self._example()
+        call = self._call_of(args, kwargs)
         plain, edited = (PlainTrace(self._captures, call, "eager", edits=edits) for edits in ((), self.edits))
         return diff(plain.finish(), edited.finish(), edited.sizes)
 
@@ -268,7 +268,7 @@ class Model(View):
         Raises: EditError where the edits hold for some sizes only, where torch cannot write the program, and when the
         file does not compute the same; TraceError without an example.
         """
-        call = self._inputs.prepare(args, kwargs) if self._inputs.are_given(args, kwargs) else self._example()
+        call = self._call_of(args, kwargs)
         if call is None:
             raise TraceError("an export needs an example of the inputs: edited.export(path, x)")
         return export_edited(self._captures, self.edits, call, path, format, check)
@@ -280,6 +280,11 @@ class Model(View):
         for name in self._options["methods"]:
             edited.method(name)
         return edited
+
+    def _call_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+        """The call of the module for inputs, or for an example where there are none; None without either."""
+        given = (args, kwargs) if self._inputs.are_given(args, kwargs) else self._example()
+        return None if given is None else self._inputs.prepare(*given)
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Inputs on which an edit is written when none are given; None for those of the last forward."""

@@ -42,8 +42,15 @@ def check_guards(program: Program, sizes: Mapping[str, int]) -> None:
     for guard in program.guards:
         names = sorted(s.name for s in guard.free_symbols)
         here = {name: sizes[name] for name in names if name in sizes}
-        if guard.xreplace({s: here[s.name] for s in guard.free_symbols if s.name in here}) == False:  # noqa: E712
+        if _is_broken(guard, here):
             raise InputError(f"this program holds where {_condition(guard)}, and not for {_numbers(here)}; {AGAIN}")
+
+
+def _is_broken(guard: Any, sizes: Mapping[str, int]) -> bool:
+    try:
+        return bool(guard.xreplace({s: sizes[s.name] for s in guard.free_symbols if s.name in sizes}) == False)  # noqa: E712
+    except ZeroDivisionError:  # a multiple of nothing
+        return True
 
 
 def holds(program: Program, sizes: Mapping[str, int]) -> bool:

@@ -68,6 +68,13 @@ def test_predictions_before_and_after(tour: ModuleType, demo: Any) -> None:
     assert chance == pytest.approx(0.991, abs=0.002)
 
 
+def test_a_steered_model_says_another_city(tour: ModuleType, demo: Any) -> None:
+    language = fxsight.LanguageModel(demo.net, tokenizer=demo.tokenizer)
+    clean, donor = (tour.keep_states(demo.model, ids)[2][:, -1] for ids in (demo.prompt, demo.donor))
+    assert tour.say(language, tour.PROMPT) == f"{tour.PROMPT} Paris."
+    assert tour.say(tour.steer(language, donor - clean), tour.PROMPT) == f"{tour.PROMPT} Rome."
+
+
 def test_a_trace_without_edits_is_the_module_to_the_bit(tour: ModuleType, demo: Any) -> None:
     assert tour.ask(demo.model, demo.prompt).equal(demo.model(demo.prompt).logits[0, -1])
 

@@ -22,6 +22,7 @@ from functools import partial
 from inspect import getsource
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, Final, cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -104,6 +105,20 @@ def halve_attention(model: fxsight.Model, ids: Tensor, backend: Any) -> tuple[Te
     return logits, tracer.program
 
 
+def steer(model: fxsight.LanguageModel, vector: Tensor) -> fxsight.LanguageModel:
+    """A model in which a vector, f32[1, 64], is added behind block 2 at the last position, always."""
+    with model.edit() as edited:
+        model.transformer.h[2].output[:, -1] += vector
+    return cast(fxsight.LanguageModel, edited)
+
+
+def say(model: fxsight.LanguageModel, prompt: str) -> str:
+    """What the model makes of a prompt; an edited model makes its edits at every step."""
+    with model.generate(prompt, max_new_tokens=2) as tracer:
+        ids = tracer.result.save()
+    return str(model.tokenizer.decode(ids[0]))
+
+
 def impossible(model: fxsight.Model, ids: Tensor) -> None:
     """Write to block 0 what only block 3 knows."""
     with model.trace(ids, use_cache=False):
@@ -116,8 +131,9 @@ def impossible(model: fxsight.Model, ids: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Demo:
-    """The shipped model, its tokenizer, and two prompts as i64[1, 8]."""
+    """The shipped model, wrapped and as it is, its tokenizer, and two prompts as i64[1, 8]."""
 
+    net: GPT2LMHeadModel
     model: fxsight.Model
     tokenizer: Any
     prompt: Tensor
@@ -149,7 +165,7 @@ def load_demo(folder: Path = MODEL_DIR) -> Demo:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     net = GPT2LMHeadModel.from_pretrained(folder).requires_grad_(False)  # comes in evaluation mode
     prompt, donor = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (PROMPT, DONOR))
-    return Demo(fxsight.Model(net), tokenizer, prompt, donor)
+    return Demo(net, fxsight.Model(net), tokenizer, prompt, donor)
 
 
 # -------------------------------------------------------------------------------------------------- the numbers
@@ -344,6 +360,24 @@ def show_early_stop(console: Console, demo: Demo) -> None:
     console.print("\nNothing had to be asked for: what nobody reads is not in the program.\n")
 
 
+def show_edited_model(console: Console, demo: Demo) -> None:
+    """A steered model: what it says, what differs in its program, and the file it is written to."""
+    language = fxsight.LanguageModel(demo.net, tokenizer=demo.tokenizer)
+    clean, donor = (keep_states(demo.model, ids)[2][:, -1] for ids in (demo.prompt, demo.donor))
+    edited = steer(language, donor - clean)
+    show_code(console, steer)
+    for name, model in (("as trained", language), ("edited", edited)):
+        console.print(Text.assemble(f"  {name:<12}", (say(model, PROMPT), "bold green" if model is edited else "")))
+    console.print("\nprint(edited.diff())\n", style="cyan")
+    show_lines(console, str(edited.diff()).splitlines(), mark="user_")
+    with TemporaryDirectory() as folder:
+        made = edited.export(Path(folder) / "steered.pt2", [PROMPT, DONOR], use_cache=False)
+        size = made.path.stat().st_size / 2**20
+    same = "equal to the bit" if made.checked is not None and made.checked.bitwise else "DIFFERENT"
+    console.print('edited.export("steered.pt2", [PROMPT, DONOR], use_cache=False)\n', style="cyan")
+    console.print(f"{size:.1f} MiB that run without fxsight; a fresh process has loaded it and compared: {same}.\n")
+
+
 def show_causality(console: Console, demo: Demo) -> None:
     """What a write that needs its own consequences says."""
     show_code(console, impossible)
@@ -359,6 +393,7 @@ SECTIONS: Final[dict[str, Callable[[Console, Demo], None]]] = {
     "The operations of the edited layer": show_operations,
     "The program that ran": show_program,
     "What nobody reads is not computed": show_early_stop,
+    "An edit that stays": show_edited_model,
     "An edit that cannot be": show_causality,
     "Two tiers, one answer": show_tiers,
 }
