@@ -53,7 +53,8 @@ class Generation:
         repertoire: Repertoire,
         method: str = "generate",
     ) -> None:
-        self.captures, self.backend, self.edits, self.method = captures, backend, edits, method
+        self.captures, self.edits, self.method = captures, edits, method
+        self.backend: Backend = backend
         self.cursor = Cursor()
         self.position = 0
         self._call, self._repertoire = call, repertoire

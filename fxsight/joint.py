@@ -279,7 +279,7 @@ class _Run:
         wanted = list(dict.fromkeys([*one.arrivals, *one.leaves])) or list(self.edges)
         self._check(one, losses)
         self._marks.switch((one.node, True))
-        found = torch.autograd.grad(
+        found: Any = torch.autograd.grad(
             losses,
             [self.edges[n] for n in wanted],
             seeds,

@@ -195,12 +195,12 @@ def _reduced(node: fx.Node, rows: Rows) -> Way | None:
 
 
 def _reshape(node: fx.Node, rows: Rows) -> Way | None:
-    along = _first_alone(node, rows)
+    along, given = _first_alone(node, rows), node.args[0]
     if along is None or (len(node.args) > 1 and isinstance(node.args[1], torch.dtype)):
         return None
     shape = rows.shape(node)
-    result = reshaped(along, rows.shape(node.args[0]), shape, rows.count)
-    return None if result is None else Way(result, aten.reshape.default, (node.args[0], _open(shape, result)), {})
+    result = reshaped(along, rows.shape(given), shape, rows.count)
+    return None if result is None else Way(result, aten.reshape.default, (given, _open(shape, result)), {})
 
 
 def _open(shape: Sequence[int], along: Along) -> list[int]:
