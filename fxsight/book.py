@@ -123,17 +123,32 @@ class Call:
 
 
 @dataclass(frozen=True)
+class CustomFunction:
+    """A call of a ``torch.autograd.Function`` of the model's: its forward is in the program, its backward is not.
+
+    name: of the class.  line: where it is called.  start, end: on the clock.
+    """
+
+    name: str
+    line: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Book:
     """All calls of one forward, in order of their start.
 
     names: what the code that ran mentions: names and short texts, ``LISTS`` if it lists the parts of a module, and
     ``PARTIAL`` + text where a name may be put together; None when that is not known.
     after: the caches among the inputs, a tuple in their order, as the forward leaves them; None where it is given none.
+    functions: calls whose backward is not that of the operators in the program (``custom``).
     """
 
     calls: tuple[Call, ...] = field(default=())
     names: frozenset[str] | None = None
     after: Structure | None = None
+    functions: tuple[CustomFunction, ...] = ()
 
     @property
     def left(self) -> tuple[str, ...]:

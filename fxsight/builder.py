@@ -98,7 +98,8 @@ class Builder:
     def _book(self) -> Book:
         after = self.scribe.after
         calls = tuple(self._call(c.close()) for c in self.scribe.calls)
-        return Book(calls, frozenset(self.scribe.names), None if after is None else self._structure(after))
+        left = None if after is None else self._structure(after)
+        return Book(calls, frozenset(self.scribe.names), left, tuple(self.scribe.functions))
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ from torch import fx
 from torch.autograd.graph import get_gradient_edge
 
 from fxsight import _torch
+from fxsight.book import Book
+from fxsight.custom import custom_nodes, refuse_backward
 from fxsight.decompose import with_values
 from fxsight.effects import mutated_storages, storages
 from fxsight.errors import CausalityError, TraceError
@@ -127,16 +129,18 @@ class Shapes:
         return _torch.symbolic_number(self.mode, expr, size_number(dim, self._numbers))
 
 
-def trace_joint(graph: fx.Graph, sizes: Mapping[str, int], fixed: Sequence[str], shared: Mapping[str, str]) -> Joint:
+def trace_joint(
+    graph: fx.Graph, sizes: Mapping[str, int], fixed: Sequence[str], shared: Mapping[str, str], book: Book
+) -> Joint:
     """Run a woven program with its backward passes on shapes.
 
     sizes: an example of each free size.  fixed: those that it holds for alone.  shared: of bindings (``str``) to one
-    tensor, the first of them.
+    tensor, the first of them.  book: of the program.
 
     Raises: CausalityError, TraceError for gradients that cannot be; RuntimeError as autograd does.
     """
     shapes = Shapes(sizes, fixed)
-    run = _Run(graph, shared)
+    run = _Run(graph, shared, book)
     values = [shapes.value(n.meta["spec"]) for n in run.places]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -150,8 +154,9 @@ def trace_joint(graph: fx.Graph, sizes: Mapping[str, int], fixed: Sequence[str],
 class _Run:
     """One run: called with the placeholders' values while it is traced."""
 
-    def __init__(self, graph: fx.Graph, shared: Mapping[str, str]) -> None:
+    def __init__(self, graph: fx.Graph, shared: Mapping[str, str], book: Book) -> None:
         self.nodes = list(graph.nodes)
+        self.custom = custom_nodes(self.nodes, book)
         self.places = [n for n in self.nodes if n.op == "placeholder"]
         bound = {str(binding_of(n)): n for n in self.places}
         pairs = ((bound.get(name), bound.get(first)) for name, first in shared.items())
@@ -239,12 +244,17 @@ class _Run:
         check_call(node.target, node.args)
         target: Any = node.target
         result = target(*args, **kwargs)
+        if node in self.custom:
+            refuse_backward(result, self.custom[node], self._line)
         if node in self.wanted:
             result = self._wanted(node, result)
         self.env[node] = result
         self._marks.own(node, result)
         self._marks.switch(before)
         return result
+
+    def _line(self) -> str:
+        return origin_of(self.passes[self.now].node).user
 
     def _wanted(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
         """A value whose gradient is asked for: it requires one."""

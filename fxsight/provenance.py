@@ -29,7 +29,20 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fxsight import _torch
-from fxsight.book import LISTS, PARTIAL, Call, Const, Kind, Leaf, Opaque, Ref, SizeRef, Structure, Weight
+from fxsight.book import (
+    LISTS,
+    PARTIAL,
+    Call,
+    Const,
+    CustomFunction,
+    Kind,
+    Leaf,
+    Opaque,
+    Ref,
+    SizeRef,
+    Structure,
+    Weight,
+)
 from fxsight.instructions import Kind as SiteKind
 from fxsight.instructions import Span, site_table
 from fxsight.sites import Site
@@ -41,6 +54,7 @@ _INNER_CODE = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>", "<lambda>")
 # Code of torch that goes through the parts of a module, and names under which the model's own code can do so.
 _LISTING = frozenset(f.__code__ for f in (nn.Module.named_modules, nn.Module.named_children, nn.Module.state_dict))
 _LISTING_NAMES = frozenset(["_modules", "__dict__", "vars", "dir"])
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _NO_CALLS = ("__get__", "_set_grad_enabled")  # an attribute is no call; what ``no_grad`` switches has no value
 _EMPTY = Structure(LEAF, (Const(None),))
 
@@ -97,6 +111,8 @@ class Scribe:
         self._paths = {id(vars(m)): path for path, m in root.named_modules()}
         self._weights: dict[int, str] = {}
         self.names: set[str] = set()  # see ``Book.names``
+        self.functions: list[CustomFunction] = []  # see ``Book.functions``
+        self._applied: dict[FrameType, int] = {}  # when each of them began
         self._listing: dict[CodeType, bool] = {}  # whether code of the model's could list the parts of a module
         self._own: dict[CodeType, bool] = {}
         self._tables: dict[int, tuple[CodeType, dict[int, tuple[Span, SiteKind]]]] = {}
@@ -225,6 +241,8 @@ class Scribe:
             self._enter_function(frame)
         elif event == "call" and frame.f_code in _LISTING:
             self.names.add(LISTS)
+        elif frame.f_code is _APPLY:
+            self._apply_function(frame, event)
         elif event == "return" and frame in self._frames:
             self._leave_function(frame, arg)
 
@@ -276,6 +294,22 @@ class Scribe:
             if call in self._stack:
                 self._end(call, value)
             call.frame = None
+
+    def _apply_function(self, frame: FrameType, event: str) -> None:
+        """A ``torch.autograd.Function`` is called, or has returned; torch's own differentiate what they compute."""
+        cls = frame.f_locals["cls"]
+        if cls.__module__.partition(".")[0] == "torch":
+            return
+        with self._not_watching():
+            if event == "call":
+                self._applied[frame] = self.tick()
+            elif event == "return" and frame in self._applied:
+                start, end = self._applied.pop(frame), self.tick()
+                above = frame.f_back
+                line = self._site(self._stack[-1] if self._stack else None, above)[1]
+                if not line and above is not None:
+                    line = f"{self._libraries.short(above.f_code.co_filename)}:{above.f_lineno}"
+                self.functions.append(CustomFunction(cls.__qualname__, line, start, end))
 
     def _is_own(self, code: CodeType) -> bool:
         """Whether the code is the model's: neither torch's, Python's nor ours (forwards of torch's modules are)."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxsight.accumulate import apart, fill, without_leaves
 from fxsight.artifacts import Artifacts
+from fxsight.custom import custom_nodes, lost_results, refuse_backward
 from fxsight.errors import InputError
 from fxsight.leave import Leaving
 from fxsight.lower import Lowering, Tier, keeping
@@ -57,6 +58,7 @@ class Executable:
         self._plain, self._filled = without_leaves(program)
         self._is_joint = is_joint
         self._lowering = Lowering(self._plain, tier, fixed, artifacts or Artifacts())
+        self._lost = () if is_joint else lost_results(self._plain)
         self._left = len(program.book.left) if keeps else 0
         self._leave = Leaving(program)
 
@@ -152,6 +154,8 @@ class Executable:
             fill(self._filled, arguments, results)
         else:
             results = list(self._lowering(arguments))
+            for number, function in self._lost:
+                refuse_backward(results[number], function)
         if not self._left:
             return _own(results, arguments)
         results, left = results[: -self._left], results[-self._left :]
@@ -162,7 +166,10 @@ class Executable:
     def run_keeping(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Every value that is computed, by name of its node; in the eager tier."""
         with apart() if self._is_joint else nullcontext():
-            return keeping(self._plain)(*self._arguments(leaves, constants))
+            values = keeping(self._plain)(*self._arguments(leaves, constants))
+        for node, function in custom_nodes(self._plain.graph.nodes, self._plain.book).items():
+            refuse_backward(values[node.name], function)
+        return values
 
     def prepared(self) -> list[Any]:
         """The arguments with the weights, as they are now, in their places."""

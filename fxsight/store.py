@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxsight.book import Book, Call, Structure
+from fxsight.book import Book, Call, CustomFunction, Structure
 from fxsight.errors import FxsightError
 from fxsight.folder import LIMIT, Folder, cache_folder, remove
 from fxsight.identity import Local, check_current, contents, file_hash, identity, layout, library_versions
 from fxsight.parse import parse_program
 from fxsight.program import Program
 
-FORMAT = 1
+FORMAT = 2
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -93,6 +93,7 @@ def encode(program: Program, name: str) -> bytes:
         "sources": {file: file_hash(file) for file in sorted(sources)},
         "literals": {key: layout(tensor) for key, tensor in program.literals.items()},
         "names": None if program.book.names is None else sorted(program.book.names),
+        "functions": [vars(function) for function in program.book.functions],
     }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -121,7 +122,8 @@ def decode(data: bytes, name: str) -> Program:
         after = (
             Structure.from_json(json.loads(archive.read("after.json"))) if "after.json" in archive.namelist() else None
         )
-        book = Book(tuple(map(Call.from_json, json.loads(archive.read("book.json")))), names, after)
+        functions = tuple(CustomFunction(**each) for each in entry["functions"])
+        book = Book(tuple(map(Call.from_json, json.loads(archive.read("book.json")))), names, after, functions)
         layouts = entry["literals"].items()
         literals = {key: _tensor(archive.read(f"literals/{key}"), like) for key, like in layouts}
         return parse_program(archive.read("program.txt").decode(), book, literals)

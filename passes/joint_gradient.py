@@ -56,7 +56,7 @@ class JointGradient(Pass):
     def rewrite(self, editor: Editor) -> None:
         """Trace, and put the traced operators in the place of all others."""
         if any(n.target is backward for n in editor.graph.nodes):
-            joint = trace_joint(editor.graph, self.sizes, self.fixed, self.shared)
+            joint = trace_joint(editor.graph, self.sizes, self.fixed, self.shared, editor.program.book)
             _Writer(editor, joint).write()
 
 

@@ -225,7 +225,7 @@ def rewritten(data: bytes, changes: dict[str, Callable[[str], str]], path: Path)
 
 
 FOREIGN: dict[str, dict[str, Callable[[str], str]]] = {
-    "another format": {"entry.json": lambda text: text.replace('"format": 1', '"format": 0')},
+    "another format": {"entry.json": lambda text: text.replace('"format": 2', '"format": 0')},
     "another identity": {"entry.json": lambda text: text.replace('"identity": "', '"identity": "0')},
     "no text": {"program.txt": lambda text: "import os\n"},
     "unknown operator": {"program.txt": lambda text: text.replace("aten.tanh.", "aten.no_such_thing.")},
