@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tests.bench import growth, hotspots, language, memory, regions, startup, sweeps, t1, w1, w15
+from tests.bench import growth, hotspots, language, memory, regions, startup, sweeps, t1, w1, w14, w15, w20
 from tests.bench.case import NNSIGHT_PYTHON, Bench, Options, Workload, say
 from tests.bench.remote import Worker
 from tests.bench.report import Table, machine, replace_between
@@ -28,7 +28,9 @@ WORKLOADS: Sequence[Workload] = (
     sweeps.W3,
     sweeps.W21,
     growth.WORKLOAD,
+    w14.WORKLOAD,
     w15.WORKLOAD,
+    w20.WORKLOAD,
     hotspots.WORKLOAD,
 )
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"

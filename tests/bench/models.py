@@ -98,6 +98,12 @@ def tokens(net: Any, batch: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(0, net.config.vocab_size, (batch, length), generator=generator)
 
 
+def prompts(net: Any, quick: bool) -> list[Tensor]:
+    """Prompts to harvest from, in batches: 64 of 16 tokens, 8 if quick; i64[8, 16] or i64[4, 16] each."""
+    number, size = (8, 4) if quick else (64, 8)
+    return list(torch.split(tokens(net, number, 16), size))
+
+
 def direction(net: Any) -> Tensor:
     """A steering vector: f32[width]."""
     return torch.randn(net.config.n_embd, generator=torch.Generator().manual_seed(2))

@@ -121,6 +121,46 @@ def residual_grid(name: str, quick: bool) -> Job:
     return job
 
 
+# -- W14 -----------------------------------------------------------------------------------------------------
+
+POSITIONS: Mapping[str, slice] = {"every position": slice(None), "last position": slice(-1, None)}
+
+
+def lens(name: str, where: slice, quick: bool) -> Job:
+    """The model's own modules, called in the block."""
+    model = _model(name)
+    ids = models.tokens(model, BATCH, LENGTH)
+
+    def job() -> list[Tensor]:
+        inner = model.transformer
+        with model.trace(ids):
+            found = nnsight.save([model.lm_head(inner.ln_f(block.output[:, where])) for block in inner.h])
+        return list(found)
+
+    return job
+
+
+# -- W20 -----------------------------------------------------------------------------------------------------
+
+
+def harvest(name: str, quick: bool) -> Job:
+    """A trace a batch, stopped at the block."""
+    model = _model(name)
+    batches = models.prompts(model, quick)
+    number = min(2, model.config.n_layer // 2 - 1)
+
+    def job() -> list[Tensor]:
+        kept: list[Tensor] = []
+        for ids in batches:
+            with model.trace(ids) as tracer:
+                hidden = model.transformer.h[number].output.save()
+                tracer.stop()
+            kept.append(hidden)
+        return [torch.cat(kept)]
+
+    return job
+
+
 # -- W15 -----------------------------------------------------------------------------------------------------
 
 
@@ -153,5 +193,11 @@ JOBS: Mapping[str, Callable[[bool], Job]] = {
         for body in (read, steer, only)
     },
     **{f"w15 {name}": partial(steered, name, tokens) for name, tokens in (("toy", 128), ("gpt2", 32))},
+    **{
+        f"w14 {name} {title}": partial(lens, name, where)
+        for name in models.LANGUAGE
+        for title, where in POSITIONS.items()
+    },
+    **{f"w20 {name}": partial(harvest, name) for name in models.LANGUAGE},
     **{f"w1 {name}": partial(residual_grid, name) for name in models.LANGUAGE},
 }
