@@ -22,11 +22,12 @@ from fxsight.context import enter_trace, here, leave_trace
 from fxsight.cursor import Cursor, Iterations, Steps
 from fxsight.edit import Edit
 from fxsight.errors import TraceError
+from fxsight.invoke import Invoker
 from fxsight.program import Program
+from fxsight.prompted import NO_PROMPT, Prompted
 from fxsight.record import Recorder
 from fxsight.rehearsal import Known
-from fxsight.repertoire import Repertoire
-from fxsight.rows import Call
+from fxsight.repertoire import Repertoire, Score
 from fxsight.run import Executable
 from fxsight.running import Backend
 from fxsight.step import Step
@@ -40,14 +41,14 @@ from fxsight.walk import Step as Way
 class Generation:
     """The block of one generation.
 
-    call: arguments of the method, prompts already tokens.  method: of the module, ``generate``.
+    prompts: what is generated from, which invokes may bring.  method: of the module, ``generate``.
     result: in the block the ids that are generated, i64[batch, length]; after it what the method has returned.
     """
 
     def __init__(
         self,
         captures: Captures,
-        call: Call,
+        prompts: Prompted,
         backend: Backend,
         edits: Sequence[Edit],
         repertoire: Repertoire,
@@ -57,7 +58,9 @@ class Generation:
         self.backend: Backend = backend
         self.cursor = Cursor()
         self.position = 0
-        self._call, self._repertoire = call, repertoire
+        self._prompts, self._repertoire = prompts, repertoire
+        self._known: Score | None = None
+        self._outside: Any = None
         self._steps: dict[int, Step] = {}
         self._template: Tracer | None = None
         self._saved: list[Any] = []
@@ -71,7 +74,8 @@ class Generation:
     def __enter__(self) -> Generation:
         if here().session is not None:
             raise TraceError("generate inside a session: write it after the session, or before")
-        self._score = self._repertoire.of(self.captures, self.method, self._call)
+        if self._prompts.calls:
+            self._known = self._rehearsed()
         enter_trace(self)
         return self
 
@@ -90,7 +94,20 @@ class Generation:
             self._prepared.clear()
             self._has_ended = True
 
+    def _rehearsed(self) -> Score:
+        score = self._repertoire.of(self.captures, self.method, self._prompts.call)
+        self._prompts.check(score.steps[0])
+        return score
+
+    @property
+    def _score(self) -> Score:
+        if self._known is None:
+            raise TraceError(NO_PROMPT)
+        return self._known
+
     def _end(self) -> None:
+        if self._known is None:
+            raise TraceError("generate() needs a prompt, or at least one `with tracer.invoke(prompt):` block")
         self._keep_containers()
         for step in self._steps.values():
             step.close()
@@ -111,7 +128,7 @@ class Generation:
                 series = value.cell.recorder.series
                 if series is not None:
                     wanted.setdefault(series[1], []).append(value)
-        args, kwargs = self._call
+        args, kwargs = self._prompts.call
         returned = getattr(twin(self.captures.module, partial(self._forward, wanted)), self.method)(*args, **kwargs)
         self._finish(returned, wanted)
         return returned
@@ -156,14 +173,20 @@ class Generation:
         """
         found = self._steps.get(number)
         if found is None:
-            steps = [*self._score.steps, *([self._score.result] if self._is_result and self._score.result else [])]
+            steps = self._all_known()
             if number >= len(steps):
                 raise TraceError(
                     f"step {number}: this generation has {self.count} steps at most, 0 to {self.count - 1}; ask for "
                     "more with max_new_tokens"
                 )
             found = self._steps[number] = Step(self, number, steps[number])
+            if self._prompts.grows:
+                found.take_rows(self._prompts.rows_at(steps[number]))
         return found
+
+    def _all_known(self) -> list[Known]:
+        result = self._score.result
+        return [*self._score.steps, *([result] if self._is_result and result else [])]
 
     _is_result = False
 
@@ -203,7 +226,12 @@ class Generation:
         return self
 
     def open_template(self, steps: Sequence[int]) -> Callable[[bool], None]:
-        """What is said from now on is an edit of all these steps.  Returns: ends that."""
+        """What is said from now on is an edit of all these steps.  Returns: ends that.
+
+        Raises: TraceError inside an invoke with a prompt.
+        """
+        if self._prompts.open is not None and self._prompts.open.has_input:
+            raise TraceError("`with` over steps inside an invoke: write a loop, `for step in tracer.all():`")
         known = self._score.steps[steps[0]] if steps else self._score.steps[0]
         template = self._template = StepEdit(self, steps[0] if steps else 0, known)
 
@@ -278,12 +306,65 @@ class Generation:
             "xs.append(model.layer.output.save())`"
         )
 
-    def invoke(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises: TraceError: not there yet."""
-        raise TraceError(
-            "tracer.invoke() in a generation is not supported: give all prompts at once, model.generate([a, b]), and "
-            "edit rows, h.output[0:1]"
-        )
+    # -- invokes -----------------------------------------------------------------------------------------------------
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoker:
+        """A block for prompts of its own: all run as one batch, and each block sees and edits its rows, at each step.
+
+        Without prompts: a block that sees all rows.  Raises: as ``Prompted.invoker``.
+        """
+        return self._prompts.invoker(self, args, kwargs)
+
+    @property
+    def tokens(self) -> Any:
+        """The tokens of the prompts, of an invoke in its block: ``tracer.tokens("Eiffel Tower").last``."""
+        return self._prompts.tokens
+
+    def touch(self) -> None:
+        """Something is read or written."""
+        self._prompts.touch()
+
+    def enter_invoke(self, invoker: Invoker) -> None:
+        """The rows of an invoke are read and written from now on, at step 0 where no other is named.
+
+        Raises: TraceError inside another invoke or a loop over steps, where its prompts cannot join the others, and for
+        beams.
+        """
+        if invoker.has_input and (self.cursor.step is not None or self._template is not None):
+            raise TraceError("an invoke with a prompt in a loop over steps: write the loop in the invoke")
+        self._prompts.enter(invoker)
+        if invoker.has_input:
+            self._grow()
+        self._outside = self.cursor.go(self.cursor.step, {})
+        self._take_rows()
+
+    def leave_invoke(self) -> None:
+        """All rows are read and written from now on."""
+        self._prompts.leave()
+        self.cursor.go(*self._outside)
+        self._take_rows()
+
+    def _grow(self) -> None:
+        """More rows: what is known of each step is another, and what has been said of it stays."""
+        try:
+            self._prompts.check_order(self.captures.module)
+            score = self._rehearsed()
+            if self._steps and len(score.steps) != self.count:
+                raise TraceError(
+                    f"with the prompts of this invoke there are {len(score.steps)} steps, and without {self.count}: "
+                    "prompts are padded to one length; say how many with max_new_tokens"
+                )
+        except BaseException:
+            self._prompts.withdraw()
+            raise
+        self._known = score
+        for number, step in sorted(self._steps.items()):
+            step.grow(self._all_known()[number])
+
+    def _take_rows(self) -> None:
+        if self._prompts.grows:
+            for step in self._steps.values():
+                step.take_rows(self._prompts.rows_at(step.known))
 
     # -- containers --------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from fxsight.loading import Pending, Source
 from fxsight.model import Model
 from fxsight.names import Blocks, blocks_path
 from fxsight.plan import Plan
+from fxsight.prompted import Prompted
 from fxsight.prompts import Prompts
 from fxsight.rename import Rename
 from fxsight.repertoire import Repertoire
@@ -160,21 +161,24 @@ class LanguageModel(Model):
     def generate(self, *args: Any, backend: Any = "auto", trace: Any = True, **kwargs: Any) -> Any:
         """A block over all steps of a generation: ``with model.generate("Hello", max_new_tokens=3) as tracer:``.
 
-        args: prompts.  kwargs: of the ``generate`` of ``transformers``, which drives.
+        args: prompts; none where each ``tracer.invoke`` brings its own.
+        kwargs: of the ``generate`` of ``transformers``, which drives.
         backend: as for ``trace``.  trace: False for no block: simply the result, with the edits of this model.
 
-        Raises: TraceError for an unknown backend or no prompt; what ``generate`` raises for its arguments.
+        Raises: TraceError for an unknown backend, and for no prompt and no block; what ``generate`` raises for its
+        arguments.
         """
         if backend not in BACKENDS:
             raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
-        if not self._inputs.are_given(args, kwargs):
-            raise TraceError("generate needs a prompt: model.generate('Hello', max_new_tokens=3)")
+        has_prompt = self._inputs.are_given(args, kwargs)
+        if not trace and not has_prompt:
+            raise TraceError("generate needs a prompt: model.generate('Hello', max_new_tokens=3, trace=False)")
         self.dispatch()
-        given, tokens = self._inputs.prepare(args, {})
-        call = (given, {**tokens, **kwargs})
+        call = self._inputs.prepare(args, {}) if has_prompt else None
+        prompts = Prompted(call, kwargs, self._inputs)
         if not trace and not self._edits and backend != "inductor":
-            return self._module.generate(*given, **call[1])
-        generation = Generation(self._captures, call, backend, self._edits, self._repertoire)
+            return self._module.generate(*prompts.call[0], **prompts.call[1])
+        generation = Generation(self._captures, prompts, backend, self._edits, self._repertoire)
         return generation if trace else generation.alone()
 
     @property

@@ -22,9 +22,10 @@ from fxsight.invoke import Batch
 from fxsight.leave import Returned
 from fxsight.lines import user_line
 from fxsight.place import Location
+from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.rehearsal import Known
-from fxsight.rows import Call
+from fxsight.rows import Call, Rows
 from fxsight.run import Executable
 from fxsight.running import Backend
 from fxsight.sizes import bind_sizes
@@ -51,6 +52,10 @@ class Around(Protocol):
     @property
     def names(self) -> Mapping[int, str]:
         """Names of the module's weights by ``id``."""
+        ...
+
+    def touch(self) -> None:
+        """Something is read or written."""
         ...
 
     def root(self, known: Known, line: str) -> Way:
@@ -88,10 +93,12 @@ class Step(Tracer):
 
     def read(self, address: Address, port: str) -> Any:
         """As in a trace; of the step that is meant for this module."""
+        self._around.touch()
         return Tracer.read(self._around.step(self._around.cursor.at(address.module)), address, port)
 
     def write(self, address: Address, port: str, value: Any) -> None:
         """As in a trace; in the step that is meant for this module."""
+        self._around.touch()
         Tracer.write(self._around.step(self._around.cursor.at(address.module)), address, port, value)
 
     def to_next(self, path: str) -> None:
@@ -179,6 +186,37 @@ class Step(Tracer):
             f"{user_line()}: a number of step {self.number} is needed, and nothing has been generated yet; use "
             "torch.where, a condition on the step, or look at it after the block"
         )
+
+    # -- invokes -----------------------------------------------------------------------------------------------------
+
+    @property
+    def known(self) -> Known:
+        """What is known of this step."""
+        return self._step
+
+    def take_rows(self, rows: Rows | None) -> None:
+        """Some rows are read and written from now on; None for all."""
+        recorder = self.recorder
+        recorder.body.looked |= rows.names if rows is not None else set()
+        recorder.rows = rows
+
+    def grow(self, known: Known) -> None:
+        """More rows, perhaps longer ones: the same statements over what is known of this step now.
+
+        Raises: TraceError for a value of an earlier step that has another shape now.
+        """
+        self._step, self._returned = known, known.returned
+        recorder = self.recorder
+        self._go_on(recorder, known.program, known.sizes)
+        recorder.resize()
+        for value, (_, spec) in zip(recorder.body.constants, recorder.body.constant_specs(), strict=True):
+            now = value.cell.node.meta["spec"].shape if isinstance(value, Value) else spec.shape
+            if tuple(now) != tuple(spec.shape) and isinstance(value, Value):
+                raise TraceError(
+                    f"{value.cell.what} of an earlier step is used at step {self.number}, and with the prompts of this "
+                    f"invoke its shape is {list(now)}, not {list(spec.shape)}; write the invoke of the longest prompt "
+                    "first"
+                )
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -269,13 +307,17 @@ class Step(Tracer):
                 f"step {self.number} of this generation has other sizes than it was written for ({changed}), and its "
                 "body depends on them"
             )
+        if program is not self._captured:
+            self._returned = Returned(program)
+        self._go_on(recorder, program, sizes)
+        if not self._closed:
+            self._complete()
+
+    def _go_on(self, recorder: Recorder, program: Program, sizes: Mapping[str, int]) -> None:
         before, self._captured, self._base, self._sizes = self._captured, program, program, sizes
         recorder.move(self._places, sizes)
         if program is not before:
             recorder.relocate(self._relocated)
-            self._returned = Returned(program)
-        if not self._closed:
-            self._complete()
 
     def _find_now(self, call: Call) -> tuple[Any, Mapping[str, int]]:
         if self._step.returned is not None:
