@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
@@ -21,6 +21,7 @@ from fxsight.inputs import PLAIN
 from fxsight.invoke import Batch
 from fxsight.leave import Returned
 from fxsight.lines import user_line
+from fxsight.node import origin_of
 from fxsight.place import Location
 from fxsight.program import Program
 from fxsight.record import Recorder
@@ -203,12 +204,22 @@ class Step(Tracer):
     def grow(self, known: Known) -> None:
         """More rows, perhaps longer ones: the same statements over what is known of this step now.
 
-        Raises: TraceError for a value of an earlier step that has another shape now.
+        Raises: TraceError where the body has looked at a shape that is another now, and for a value of an earlier step
+        that has another shape now.
         """
         self._step, self._returned = known, known.returned
         recorder = self.recorder
+        looked = recorder.body.shapes
+        before = {node: _sizes(node, dims) for node, dims in looked.items()}
         self._go_on(recorder, known.program, known.sizes)
         recorder.resize()
+        for node, dims in looked.items():
+            if _sizes(node, dims) != before[node]:
+                raise TraceError(
+                    f"{origin_of(node).user}: the body has looked at a shape of step {self.number}, {before[node]}, "
+                    f"which is {_sizes(node, dims)} with the prompts of this invoke; write the invoke of the longest "
+                    "prompt first, or look at one dimension alone, h.size(-1)"
+                )
         for value, (_, spec) in zip(recorder.body.constants, recorder.body.constant_specs(), strict=True):
             now = value.cell.node.meta["spec"].shape if isinstance(value, Value) else spec.shape
             if tuple(now) != tuple(spec.shape) and isinstance(value, Value):
@@ -339,3 +350,8 @@ class Step(Tracer):
         self._walk.end()
         self.forget()
         self._output, self._constants = (), ()
+
+
+def _sizes(node: fx.Node, dims: Collection[int]) -> list[Any]:
+    """The sizes of some dimensions of a value."""
+    return [node.meta["spec"].shape[dim] for dim in sorted(dims)]

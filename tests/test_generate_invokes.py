@@ -182,6 +182,23 @@ def test_values_of_a_step_in_a_later_one_when_longer_prompts_come(model: Any) ->
             pass
 
 
+def test_a_shape_that_longer_prompts_change(model: Any) -> None:
+    with model.generate(**GREEDY) as tracer:
+        with tracer.invoke(ONE):
+            last = model.transformer.h[0].output[:, model.transformer.h[0].output.shape[1] - 1]
+            last.save()
+        said = r"a shape of step 0, \[1, 4, 32\], which is \[1, 6, 32\] .* longest prompt first, .* h\.size\(-1\)"
+        with pytest.raises(TraceError, match=said), tracer.invoke(LONG):
+            pass
+    with model.generate(**GREEDY) as tracer:
+        with tracer.invoke(ONE):
+            ones = torch.ones(model.transformer.h[0].output.size(-1))
+            scaled = (model.transformer.h[0].output * ones).save()
+        with tracer.invoke(LONG):
+            pass
+    assert scaled.shape == (1, 6, 32)
+
+
 def test_several_sequences_for_each_prompt(model: Any, module: Any) -> None:
     way = {**GREEDY, "do_sample": True, "num_return_sequences": 2}
 
