@@ -13,7 +13,8 @@ from torch import nn
 from fxsight.accumulate import apart, fill, without_leaves
 from fxsight.artifacts import Artifacts
 from fxsight.custom import custom_nodes, lost_results, refuse_backward
-from fxsight.errors import InputError
+from fxsight.errors import InputError, TraceError
+from fxsight.functional import Functional
 from fxsight.leave import Leaving
 from fxsight.lower import Lowering, Tier, keeping
 from fxsight.node import Fixed
@@ -99,9 +100,31 @@ class Executable:
 
         Raises: InputError for inputs that the program does not hold for.
         """
+        self._check_undecided()
+        return self.build(self.run(self._checked((args, kwargs)), self.constants, (args, kwargs)))
+
+    def functional(self) -> Functional:
+        """The same as a pure function ``f(inputs, constants, parameters)``, for ``torch.func``; op by op.
+
+        Raises: TraceError for a body with a backward pass, and for a model that changes a buffer or input in place.
+        InputError for a body that has looked at numbers.
+        """
+        self._check_undecided()
+        if self._is_joint:
+            raise TraceError(
+                "a body with a backward pass is no pure function for torch.func: leave the pass out of the body, and "
+                "differentiate the function, torch.func.grad(...)"
+            )
+        weights = dict(zip(self._weights.names, self._weights(), strict=True))
+        return Functional(self._plain, self._checked, self.build, self.constants, self._numbers, weights)
+
+    def _check_undecided(self) -> None:
         if self.decided:
             raise InputError("the body has looked at numbers, so its program holds for that one run; trace again")
-        leaves, tree = flatten((args, kwargs))
+
+    def _checked(self, call: Any) -> list[Any]:
+        """The leaves of a call that the program holds for."""
+        leaves, tree = flatten(call)
         if tree != self.program.inputs:
             raise InputError(
                 f"the program takes {self._takes()}, and is given {_call_text(tree, map(given_text, leaves))}; "
@@ -109,7 +132,7 @@ class Executable:
             )
         sizes = bind_sizes(self.program, leaves)
         self._check_fixed(leaves, sizes)
-        return self.build(self.run(leaves, self.constants, (args, kwargs)))
+        return leaves
 
     def build(self, results: Sequence[Any]) -> tuple[Any, ...]:
         """The saves, in order, of which these are the tensors."""
@@ -232,7 +255,7 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        self._module = module
+        self._module, self.names = module, tuple(names)
         split = [name.rpartition(".") for name in names]
         owners = {path: number for number, path in enumerate(dict.fromkeys(path for path, _, _ in split))}
         self._owners = [path.split(".") if path else [] for path in owners]
