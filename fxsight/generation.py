@@ -22,12 +22,15 @@ from fxsight.context import enter_trace, here, leave_trace
 from fxsight.cursor import Cursor, Iterations, Steps
 from fxsight.edit import Edit
 from fxsight.errors import TraceError
+from fxsight.first_call import first_call
 from fxsight.invoke import Invoker
+from fxsight.past import pasts_in
 from fxsight.program import Program
 from fxsight.prompted import NO_PROMPT, Prompted
 from fxsight.record import Recorder
 from fxsight.rehearsal import Known
 from fxsight.repertoire import Repertoire, Score
+from fxsight.rows import Call
 from fxsight.run import Executable
 from fxsight.running import Backend
 from fxsight.step import Step
@@ -61,6 +64,7 @@ class Generation:
         self._prompts, self._repertoire = prompts, repertoire
         self._known: Score | None = None
         self._outside: Any = None
+        self._first: Call | None = None
         self._steps: dict[int, Step] = {}
         self._template: Tracer | None = None
         self._saved: list[Any] = []
@@ -92,7 +96,15 @@ class Generation:
             self._steps.clear()
             self._saved.clear()
             self._prepared.clear()
-            self._has_ended = True
+            self._has_ended, self._first = True, None
+
+    def first_call(self) -> Call | None:
+        """The call of step 0; None where it would change what it is given: a cache of the user's."""
+        if next(pasts_in(self._prompts.call), None) is not None:
+            return None
+        if self._first is None:
+            self._first = first_call(self.captures.module, self.method, self._prompts.call)
+        return self._first
 
     def _rehearsed(self) -> Score:
         score = self._repertoire.of(self.captures, self.method, self._prompts.call)
@@ -357,7 +369,7 @@ class Generation:
         except BaseException:
             self._prompts.withdraw()
             raise
-        self._known = score
+        self._known, self._first = score, None
         for number, step in sorted(self._steps.items()):
             step.grow(self._all_known()[number])
 

@@ -30,7 +30,7 @@ from fxsight.spec import TensorSpec, number
 from fxsight.tree import Tree, flatten
 from fxsight.twin import twin
 
-_OBSERVERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+OBSERVERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 _NEVER = -1e9  # the logit of a token that would end the generation
 
 
@@ -68,7 +68,7 @@ def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], 
     Raises: what the method raises for these arguments; CaptureError.
     """
     args, kwargs = call
-    kwargs = {name: value for name, value in kwargs.items() if name not in _OBSERVERS}
+    kwargs = {name: value for name, value in kwargs.items() if name not in OBSERVERS}
     never = _ends(captures.module, kwargs)
     steps: list[Known] = []
     marks: dict[int, dict[tuple[Address, str], tuple[str, ...]]] = {}
@@ -82,7 +82,7 @@ def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], 
         return _answer(program, sizes, (args, kwargs), leaves, never, captures.weight)
 
     shown = captures.latest, captures.latest_sizes
-    with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         returned = getattr(twin(captures.module, forward), method)(*args, **kwargs)
     if shown[0] is not None:  # what browsing and edits look at is what was looked at before
         captures.latest, captures.latest_sizes = shown
@@ -147,7 +147,7 @@ def _tensor(node: fx.Node, sizes: Mapping[str, int], leaves: Sequence[Any]) -> A
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """What transformers has to say, it says when the generation runs."""
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("transformers")]
     with warnings.catch_warnings():

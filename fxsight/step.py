@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -57,6 +57,10 @@ class Around(Protocol):
 
     def touch(self) -> None:
         """Something is read or written."""
+        ...
+
+    def first_call(self) -> Call | None:
+        """The call of step 0 with its real inputs; None where it cannot be known before it is made."""
         ...
 
     def root(self, known: Known, line: str) -> Way:
@@ -182,11 +186,17 @@ class Step(Tracer):
         names = {s.name for dim in dims for s in getattr(dim, "free_symbols", ())}
         return tuple(sorted(names & set(self._sizes)))
 
-    def _demand(self, nodes: Sequence[fx.Node]) -> NoReturn:
-        raise NeedsValueError(
-            f"{user_line()}: a number of step {self.number} is needed, and nothing has been generated yet; use "
-            "torch.where, a condition on the step, or look at it after the block"
-        )
+    def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
+        """The numbers of some nodes, now: of step 0, which depends on the prompt alone."""
+        call = None if self.number else self._around.first_call()
+        if call is None or self._step.leaves(call) is None:
+            raise NeedsValueError(
+                f"{user_line()}: a number of step {self.number} is needed, and it has not been generated yet; use "
+                "torch.where, a condition on the step, or look at it after the block"
+            )
+        self._batch = Batch([call], False, PLAIN)
+        with torch.no_grad():
+            return super()._demand(nodes)
 
     # -- invokes -----------------------------------------------------------------------------------------------------
 
@@ -208,6 +218,7 @@ class Step(Tracer):
         that has another shape now.
         """
         self._step, self._returned = known, known.returned
+        self._known.clear()
         recorder = self.recorder
         looked = recorder.body.shapes
         before = {node: _sizes(node, dims) for node, dims in looked.items()}
@@ -311,6 +322,8 @@ class Step(Tracer):
         program, sizes = self._find_now(call)
         self._finished = None
         recorder = self._written
+        if self._known:
+            raise TraceError(f"step {self.number} has other inputs than those of which its body has seen numbers")
         if recorder.body.looked:
             others = [name for name in self._sizes if sizes.get(name) != self._sizes[name]]
             changed = ", ".join(f"{name} = {sizes.get(name)}, not {self._sizes[name]}" for name in others)
