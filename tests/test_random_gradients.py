@@ -82,9 +82,11 @@ def check(first: int, count: int) -> int:
             found = _with_fxsight(steps, model, ids)
         except Exception as error:
             raise AssertionError(f"seed {seed} fails: {error!r}\n{describe(steps)}") from error
+        largest = max(float(b.abs().max()) for b in expected)
         for a, b in zip(found, expected, strict=True):
-            scale = float(b.abs().max()) + 1e-30
-            assert float((a - b).abs().max()) <= 1e-10 * scale, f"seed {seed} differs\n{describe(steps)}"
+            # What is zero but for rounding (the bias of attention's keys) is as large as other gradients' rounding.
+            allowed = 1e-10 * float(b.abs().max()) + 1e-14 * largest + 1e-30
+            assert float((a - b).abs().max()) <= allowed, f"seed {seed} differs\n{describe(steps)}"
         compared += 1
     return compared
 
