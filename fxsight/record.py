@@ -24,7 +24,7 @@ from fxsight.errors import TraceError, WriteError
 from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
 from fxsight.lost import stale_edit
-from fxsight.node import Binding, Fixed, Origin
+from fxsight.node import Binding, Fixed, Origin, origin_of
 from fxsight.past import Count
 from fxsight.place import Location, Places
 from fxsight.resize import resize
@@ -130,6 +130,7 @@ class Recorder:
         self._unset: dict[Cell, str] = {}
         self._stop: Stop | None = None
         self._versions = itertools.count(1)
+        self._cells: weakref.WeakSet[Cell] = weakref.WeakSet()  # of the values that are there
         self._branch: list[Cell] | None = None  # what a branch not taken has made
         self.why_no_save = ""  # why nothing can be saved here
 
@@ -160,6 +161,7 @@ class Recorder:
     def value(self, cell: Cell) -> Value:
         """The value of a cell; known to the session and to the branch in which it is made."""
         value = Value.of(cell)
+        self._cells.add(cell)
         if self.alive is not None:
             self.alive.append(weakref.ref(value))
         if self._branch is not None:
@@ -232,6 +234,17 @@ class Recorder:
         """After a move to other sizes, and to other places: shapes as they are now."""
         reads = {state.read: self._spec(state.location) for state in self._states.values()}
         resize(self.body.graph, reads, self.places.rules, self.body.fake, self.body.mode)
+        for cell in self._cells:
+            spec = cell.node.meta["spec"]
+            if isinstance(spec, TensorSpec) and spec.shape != cell.spec.shape:
+                cell.spec, cell.known_fake = spec, None
+
+    def looked_at(self) -> list[tuple[str, tuple[int | None, ...]]]:
+        """The shapes that the body has looked at: the user's line, and the sizes, None for those not looked at."""
+        return [
+            (origin_of(node).user, tuple(n if d in dims else None for d, n in enumerate(node.meta["spec"].numbers)))
+            for node, dims in self.body.shapes.items()
+        ]
 
     def relocate(self, find: Callable[[Location], Location]) -> None:
         """After a move to a program with other calls: the same locations there."""

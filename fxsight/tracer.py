@@ -373,7 +373,11 @@ class Tracer(Running):
             self.recorder.rows = None
 
     def _grow(self, recorder: Recorder) -> None:
-        """More rows: the program for all of them, which may be another than for the rows before."""
+        """More rows: the program for all of them, which may be another than for the rows before.
+
+        Raises: TraceError where the body has looked at a shape that longer rows change.
+        """
+        looked = recorder.looked_at()
         captured, self._sizes = self.captures.find(*self._batch.joined)
         self._inputs.check(captured, self._batch.joined)
         self._known.clear()
@@ -383,6 +387,13 @@ class Tracer(Running):
         if captured is not before:
             recorder.relocate(self._relocated)
         recorder.resize()
+        for (line, then), (_, now) in zip(looked, recorder.looked_at(), strict=True):
+            if then != now:
+                raise TraceError(
+                    f"{line}: the body has looked at a shape, {_shown(then)}, which is {_shown(now)} with the rows of "
+                    "this invoke; write the invoke of the longest prompt first, or look at one dimension alone: "
+                    "h.size(-1)"
+                )
 
     def _relocated(self, location: Location) -> Location:
         port = location.address.port
@@ -487,6 +498,11 @@ class Tracer(Running):
     def save(self, value: Any) -> None:
         """Keep every value of a structure."""
         self.recorder.keep(value)
+
+
+def _shown(sizes: Sequence[int | None]) -> str:
+    """Sizes that were looked at: ``[any, 5]``."""
+    return str(list(sizes)).replace("None", "any")
 
 
 def _inside(address: Address, outer: Address) -> bool:

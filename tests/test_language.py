@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fxsight
 from fxsight import InputError, LanguageModel
 
 DEMO = Path(__file__).parent.parent / "docs" / "demo" / "model"
@@ -89,3 +90,30 @@ def test_bad_prompts() -> None:
         model.trace(1.5)
     with pytest.raises(InputError, match="a text needs a tokenizer, and this model has none"):
         LanguageModel(model._module).trace("text")
+
+
+def test_a_shape_that_longer_prompts_change_is_refused_and_values_have_their_new_one() -> None:
+    model = _model()
+    message = r"the body has looked at a shape, \[1, 4, 64\], which is \[1, 8, 64\] with the rows of this invoke"
+
+    def body() -> None:
+        with model.trace() as tracer:
+            with tracer.invoke(SHORT):
+                state = model.transformer.h[0].output
+                state[:, state.shape[1] - 1].save()
+            with tracer.invoke(LONG):
+                pass
+
+    with pytest.raises(fxsight.TraceError, match=message):
+        body()
+    with model.trace() as tracer:
+        with tracer.invoke(SHORT):
+            state = model.transformer.h[0].output
+            wide = state.size(-1)
+        with tracer.invoke(LONG):
+            own = model.transformer.h[0].output.save()
+            model.transformer.h[0].output = state * 2
+            written = model.transformer.h[0].output.save()
+        first = fxsight.save(state)
+    assert wide == 64 and first.shape == own.shape
+    assert torch.equal(written, first * 2)
