@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -448,3 +448,13 @@ def _own_copy(leaf: Any) -> Any:
 
 def _attribute_name(func: Any) -> str:
     return getattr(getattr(func, "__self__", None), "__name__", getattr(func, "__name__", str(func)))
+
+
+def looked_sizes(node: fx.Node, dims: Collection[int]) -> tuple[int | None, ...]:
+    """The sizes of a value that a body has looked at; None for the dimensions that it has not."""
+    return tuple(size if dim in dims else None for dim, size in enumerate(node.meta["spec"].numbers))
+
+
+def sizes_text(sizes: Sequence[int | None]) -> str:
+    """Such sizes for messages: ``[any, 5]``."""
+    return str(list(sizes)).replace("None", "any")

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
-from fxsight.body import QUIET
+from fxsight.body import QUIET, sizes_text
 from fxsight.causality import check_causal
 from fxsight.errors import EditError, FxsightError, InputError, NotExecuted, UnknownAddress
 from fxsight.intervention import Intervention
@@ -177,7 +177,7 @@ class _Replay:
         value, then = self.made[name], self.looked[name]
         now = value.cell.spec.numbers if isinstance(value, Value) else tuple(value.shape)
         if len(now) != len(then) or any(a is not None and a != b for a, b in zip(then, now, strict=True)):
-            shown = [str(list(then)).replace("None", "any"), str(list(now))]
+            shown = [sizes_text(then), str(list(now))]
             raise EditError(
                 f"{self.edit.title} has looked at a shape, which was {shown[0]} and is {shown[1]} here; write the body "
                 "so that it holds for every size: h.size(-1) looks at one dimension alone, h[:, -1] and "

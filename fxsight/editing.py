@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxsight.body import looked_sizes
 from fxsight.captures import Captures
 from fxsight.edit import Edit
 from fxsight.errors import EditError, FirstCallWarning, NeedsValueError
@@ -87,7 +88,7 @@ class EditTrace(Tracer):
                 "(model.layer.output = ...) or change one in place (model.layer.output[:] = 0)"
             )
         self._warn_of_other_calls(asked)
-        looked = tuple((n.name, _sizes(n, dims)) for n, dims in recorder.body.shapes.items() if dims)
+        looked = tuple((n.name, looked_sizes(n, dims)) for n, dims in recorder.body.shapes.items() if dims)
         skipped = tuple((address, line) for address, _, line in self._skipped)
         self.edit = pruned(Edit(replace(asked, sizes=()), tuple(recorder.constants), (), skipped, looked, self._line))
         self.edit = replace(self.edit, names=named(self.edit, self._names))
@@ -107,10 +108,6 @@ class EditTrace(Tracer):
                     file or "<body>",
                     int(number or 0),
                 )
-
-
-def _sizes(node: fx.Node, dims: set[int]) -> tuple[int | None, ...]:
-    return tuple(size if d in dims else None for d, size in enumerate(node.meta["spec"].numbers))
 
 
 def pruned(edit: Edit) -> Edit:

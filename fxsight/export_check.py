@@ -15,6 +15,7 @@ import torch
 
 from fxsight.errors import EditError
 
+# It runs where fxsight is not, so it calls torch itself; ``aoti_load_package`` has no public name in 2.11 to 2.14.
 _SCRIPT = """
 import json, sys
 sys.modules["fxsight"] = None

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxsight.address import Address
 from fxsight.backward import Arrival
-from fxsight.body import QUIET, Body, Demand, Update
+from fxsight.body import QUIET, Body, Demand, Update, looked_sizes
 from fxsight.containers import thaw
 from fxsight.errors import TraceError, WriteError
 from fxsight.intervention import Intervention, Read, Save, Write
@@ -241,10 +241,7 @@ class Recorder:
 
     def looked_at(self) -> list[tuple[str, tuple[int | None, ...]]]:
         """The shapes that the body has looked at: the user's line, and the sizes, None for those not looked at."""
-        return [
-            (origin_of(node).user, tuple(n if d in dims else None for d, n in enumerate(node.meta["spec"].numbers)))
-            for node, dims in self.body.shapes.items()
-        ]
+        return [(origin_of(node).user, looked_sizes(node, dims)) for node, dims in self.body.shapes.items()]
 
     def relocate(self, find: Callable[[Location], Location]) -> None:
         """After a move to a program with other calls: the same locations there."""

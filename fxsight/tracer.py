@@ -20,6 +20,7 @@ from torch import fx
 from fxsight.address import Address
 from fxsight.at import At
 from fxsight.become import become
+from fxsight.body import sizes_text
 from fxsight.branch import Branch, Stopped
 from fxsight.cache import Cache
 from fxsight.causality import check_causal, check_edit
@@ -390,9 +391,9 @@ class Tracer(Running):
         for (line, then), (_, now) in zip(looked, recorder.looked_at(), strict=True):
             if then != now:
                 raise TraceError(
-                    f"{line}: the body has looked at a shape, {_shown(then)}, which is {_shown(now)} with the rows of "
-                    "this invoke; write the invoke of the longest prompt first, or look at one dimension alone: "
-                    "h.size(-1)"
+                    f"{line}: the body has looked at a shape, {sizes_text(then)}, which is {sizes_text(now)} with the "
+                    "rows of this invoke; write the invoke of the longest prompt first, or look at one dimension "
+                    "alone: h.size(-1)"
                 )
 
     def _relocated(self, location: Location) -> Location:
@@ -498,11 +499,6 @@ class Tracer(Running):
     def save(self, value: Any) -> None:
         """Keep every value of a structure."""
         self.recorder.keep(value)
-
-
-def _shown(sizes: Sequence[int | None]) -> str:
-    """Sizes that were looked at: ``[any, 5]``."""
-    return str(list(sizes)).replace("None", "any")
 
 
 def _inside(address: Address, outer: Address) -> bool:
