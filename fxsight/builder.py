@@ -21,10 +21,11 @@ from torch import fx, nn
 from fxsight import _torch
 from fxsight.book import Book, Call, Opaque, Ref, SizeRef, Structure
 from fxsight.capture_errors import Refused
+from fxsight.libraries import Libraries, stack_lines
 from fxsight.node import Binding, Fixed, InputLeaf, Origin, Size
 from fxsight.past import Count
 from fxsight.program import Program
-from fxsight.provenance import TAG, Libraries, Scribe, stack_lines
+from fxsight.provenance import TAG, Scribe
 from fxsight.spec import TensorSpec, parse_dims, spec_of, symbol
 from fxsight.tree import Tree
 
@@ -99,7 +100,7 @@ class Builder:
         after = self.scribe.after
         calls = tuple(self._call(c.close()) for c in self.scribe.calls)
         left = None if after is None else self._structure(after)
-        return Book(calls, frozenset(self.scribe.names), left, tuple(self.scribe.functions))
+        return Book(calls, frozenset(self.scribe.mentions.names), left, tuple(self.scribe.functions))
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxsight import _torch
 from fxsight.errors import CaptureError
-from fxsight.provenance import Libraries, stack_lines
+from fxsight.libraries import Libraries, stack_lines
 
 _NUMBERS = (
     "its control flow or a size depends on the numbers in a tensor",

@@ -25,7 +25,8 @@ from fxsight.effects import mutated_arguments
 from fxsight.errors import UnknownAddress
 from fxsight.example_sizes import Known, Numbers, example_sizes, size_number, symbols_of
 from fxsight.node import Size, spec_of_node
-from fxsight.provenance import OpenCall, Scribe
+from fxsight.open_call import OpenCall
+from fxsight.provenance import Scribe
 from fxsight.source import SourceReader
 from fxsight.spec import SizeSpec, Spec, TensorSpec
 from fxsight.targets import target_name

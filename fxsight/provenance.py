@@ -14,13 +14,10 @@ program: the book is data.
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import sys
-import sysconfig
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
 
@@ -31,8 +28,6 @@ from torch.overrides import TorchFunctionMode
 from fxsight import _torch
 from fxsight.book import (
     LISTS,
-    PARTIAL,
-    Call,
     Const,
     CustomFunction,
     Kind,
@@ -45,52 +40,16 @@ from fxsight.book import (
 )
 from fxsight.instructions import Kind as SiteKind
 from fxsight.instructions import Span, site_table
+from fxsight.libraries import Libraries
+from fxsight.mentions import LISTING, Mentions
+from fxsight.open_call import INNER_CODE, OpenCall, arguments_of, body_code, is_part_of, is_wrapped_by
 from fxsight.sites import Site
-from fxsight.source import Source, SourceReader, unwrapped
-from fxsight.tree import LEAF, flatten
+from fxsight.source import SourceReader
+from fxsight.tree import flatten
 
 TAG = "fxsight"  # key of our tag in node.meta["custom"]: [time, call]
-_INNER_CODE = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>", "<lambda>")
-# Code of torch that goes through the parts of a module, and names under which the model's own code can do so.
-_LISTING = frozenset(f.__code__ for f in (nn.Module.named_modules, nn.Module.named_children, nn.Module.state_dict))
-_LISTING_NAMES = frozenset(["_modules", "__dict__", "vars", "dir"])
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _NO_CALLS = ("__get__", "_set_grad_enabled")  # an attribute is no call; what ``no_grad`` switches has no value
-_EMPTY = Structure(LEAF, (Const(None),))
-
-
-@dataclass(eq=False)
-class OpenCall:
-    """A call that is being made; becomes a ``Call`` when the model has returned."""
-
-    id: int
-    parent: OpenCall | None
-    kind: Kind
-    name: str
-    n: int
-    module: str
-    module_call: int
-    title: str
-    line: str
-    start: int
-    code: CodeType | None = None
-    source: Source | None = None
-    frame: FrameType | None = None
-    inputs: Structure = _EMPTY
-    output: Structure = _EMPTY
-    end: int = -1
-    counts: dict[str, int] = field(default_factory=dict[str, int])
-    ran: dict[str, None] = field(default_factory=dict[str, None])
-
-    def close(self) -> Call:
-        """The finished call."""
-        body = None if self.code is None else (self.code.co_filename, self.code.co_name, self.code.co_firstlineno)
-        ran = tuple(name for name in self.ran if name not in self.counts)
-        parent = None if self.parent is None else self.parent.id
-        return Call(
-            self.id, parent, self.kind, self.name, self.n, self.module, self.module_call, self.title, self.line,
-            body, self.inputs, self.output, self.start, self.end if self.end >= 0 else self.start, ran,
-        )  # fmt: skip
 
 
 class Scribe:
@@ -110,10 +69,9 @@ class Scribe:
         # By the attributes: export calls a module with several names through stand-ins that share them.
         self._paths = {id(vars(m)): path for path, m in root.named_modules()}
         self._weights: dict[int, str] = {}
-        self.names: set[str] = set()  # see ``Book.names``
+        self.mentions = Mentions()
         self.functions: list[CustomFunction] = []  # see ``Book.functions``
         self._applied: dict[FrameType, int] = {}  # when each of them began
-        self._listing: dict[CodeType, bool] = {}  # whether code of the model's could list the parts of a module
         self._own: dict[CodeType, bool] = {}
         self._tables: dict[int, tuple[CodeType, dict[int, tuple[Span, SiteKind]]]] = {}
         self._libraries = Libraries()
@@ -186,7 +144,7 @@ class Scribe:
         """
         line = ""
         while frame is not None and parent is not None:
-            if frame is parent.frame or (frame.f_code.co_name in _INNER_CODE and self._is_own(frame.f_code)):
+            if frame is parent.frame or (frame.f_code.co_name in INNER_CODE and self._is_own(frame.f_code)):
                 line = line or f"{self._libraries.short(frame.f_code.co_filename)}:{frame.f_lineno}"
                 found = self._table(frame.f_code).get(frame.f_lasti)
                 site = parent.source.at(*found) if parent.source is not None and found is not None else None
@@ -220,7 +178,7 @@ class Scribe:
                 path,
                 sum(c.kind == "module" and c.module == path for c in self.calls[:-1]),
             )
-            call.code = _body(module.forward if method is None else method)
+            call.code = body_code(module.forward if method is None else method)
             call.source = self.reader.of(call.code) if call.code is not None else None
             args, kwargs = _border((args, kwargs))
             call.start = self.tick()
@@ -237,23 +195,14 @@ class Scribe:
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and self._is_own(frame.f_code):
-            self._note_names(frame)
+            self.mentions.note(frame)
             self._enter_function(frame)
-        elif event == "call" and frame.f_code in _LISTING:
-            self.names.add(LISTS)
+        elif event == "call" and frame.f_code in LISTING:
+            self.mentions.names.add(LISTS)
         elif frame.f_code is _APPLY:
             self._apply_function(frame, event)
         elif event == "return" and frame in self._frames:
             self._leave_function(frame, arg)
-
-    def _note_names(self, frame: FrameType) -> None:
-        """Write down what the code mentions, and whether it can go through the parts of a module that it was given."""
-        listing = self._listing.get(frame.f_code)
-        if listing is None:
-            listing = self._listing[frame.f_code] = not _LISTING_NAMES.isdisjoint(frame.f_code.co_names)
-            self.names |= _mentioned(frame.f_code)
-        if listing and any(isinstance(value, nn.Module) for value in frame.f_locals.values()):
-            self.names.add(LISTS)
 
     def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
         """Write down which places of a source are reached: those of every instruction in the model's own frames."""
@@ -262,7 +211,7 @@ class Scribe:
             return self._trace
         if event == "opcode" and self._stack:
             top, found = self._stack[-1], self._table(frame.f_code).get(frame.f_lasti)
-            inside = frame is top.frame or frame.f_code.co_name in _INNER_CODE
+            inside = frame is top.frame or frame.f_code.co_name in INNER_CODE
             site = top.source.at(*found) if found is not None and inside and top.source is not None else None
             if site is not None:
                 top.ran[site.name] = None
@@ -271,13 +220,13 @@ class Scribe:
     def _enter_function(self, frame: FrameType) -> None:
         with self._not_watching():
             top = self._stack[-1] if self._stack else None
-            if top is None or _is_part_of(frame.f_code, top) or frame.f_code.co_flags & inspect.CO_GENERATOR:
+            if top is None or is_part_of(frame.f_code, top) or frame.f_code.co_flags & inspect.CO_GENERATOR:
                 return
             if top.frame is None:
                 if top.code is frame.f_code:  # the module's own forward: its body begins
                     top.frame = frame
                 return  # else a decorator between the module's call and its forward
-            if _is_wrapped_by(frame, top):  # the function inside a decorator: the body of the call already open
+            if is_wrapped_by(frame, top):  # the function inside a decorator: the body of the call already open
                 top.code, top.source, top.frame = frame.f_code, self.reader.of(frame.f_code), frame
                 return
             site, line = self._site(top, frame.f_back)
@@ -285,7 +234,7 @@ class Scribe:
                 return  # an attribute's getter, an operator, a constructor: part of the line that uses it
             call = self._begin("function", frame.f_code.co_name, site.name, line)
             call.code, call.source, call.frame = frame.f_code, self.reader.of(frame.f_code), frame
-            call.inputs = self._structure(_arguments(frame))
+            call.inputs = self._structure(arguments_of(frame))
             self._frames[frame] = call
 
     def _leave_function(self, frame: FrameType, value: Any) -> None:
@@ -399,39 +348,6 @@ class _TorchCalls(TorchFunctionMode):
         return self._scribe.torch_call(func, args, kwargs or {})
 
 
-class Libraries:
-    """Tells the model's files from those of Python, torch and fxsight, and shortens paths."""
-
-    def __init__(self) -> None:
-        tools = ("torch", "sympy", "mpmath", "typing_extensions")  # torch computes sizes with sympy
-        loaded = [inspect.getfile(sys.modules[name]) for name in tools if name in sys.modules]
-        self._torch = tuple(file.removesuffix("__init__.py") for file in loaded)
-        self._here = __file__.rpartition("provenance")[0]
-        self._python = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib")})
-
-    def is_model_code(self, file: str) -> bool:
-        """Whether a file can hold model code."""
-        if file.startswith(("<frozen", "<string", *self._torch, self._here)):
-            return False
-        return "site-packages" in file or not file.startswith(self._python)
-
-    def short(self, file: str) -> str:
-        """The path below the folder it is imported from: the same on every machine."""
-        if file.startswith(self._here):
-            return "fxsight/" + file.removeprefix(self._here)
-        folder = os.path.dirname(file)
-        while os.path.exists(os.path.join(folder, "__init__.py")):
-            folder = os.path.dirname(folder)
-        return os.path.relpath(file, folder) if os.path.isabs(file) else file
-
-
-def stack_lines(node: torch.fx.Node) -> list[tuple[str, int, str]]:
-    """File, line number and code of each Python call in which export made a node, outermost first."""
-    trace = str(node.meta.get("stack_trace") or "")
-    found = re.finditer(r'^ *File "(.+)", line (\d+).*\n?(.*)', trace, re.MULTILINE)
-    return [(match[1], int(match[2]), match[3].strip()) for match in found]
-
-
 def _border(value: Any) -> Any:
     """Each tensor of plain containers through ``alias``; lists and dicts keep their identity, objects are left."""
     if isinstance(value, torch.Tensor):
@@ -445,56 +361,6 @@ def _border(value: Any) -> Any:
         for key, member in items:
             value[key] = _border(member)
     return value
-
-
-def _mentioned(code: CodeType) -> set[str]:
-    """What the code of a function mentions: see ``Book.names``."""
-    texts = {value for value in code.co_consts if isinstance(value, str) and re.fullmatch(r"[\w.]{1,60}", value)}
-    found = {*code.co_names, *texts}
-    if not found.isdisjoint(("getattr", "hasattr", "get_submodule")):
-        found |= {PARTIAL + text for text in texts}
-    return found
-
-
-def _body(forward: Any) -> CodeType | None:
-    """The code of a module's forward, below its decorators."""
-    code = getattr(unwrapped(forward), "__code__", None)
-    return code if isinstance(code, CodeType) else None
-
-
-def _is_part_of(code: CodeType, call: OpenCall) -> bool:
-    """Whether the code is a comprehension, or a lambda that stands in the call's own source."""
-    if code.co_name != "<lambda>":
-        return code.co_name in _INNER_CODE
-    todo = [call.code]
-    while todo:
-        found = todo.pop()
-        inner = () if found is None else [const for const in found.co_consts if isinstance(const, CodeType)]
-        if any(const is code for const in inner):
-            return True
-        todo += inner
-    return False
-
-
-def _is_wrapped_by(frame: FrameType, call: OpenCall) -> bool:
-    """Whether ``call`` is a decorator's ``wrapper(*args, **kwargs)`` and ``frame`` the function it wraps."""
-    code, flags = call.code, inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
-    if call.kind != "function" or code is None or call.frame is None or code.co_flags & flags != flags:
-        return False
-    closed = (call.frame.f_locals.get(name) for name in code.co_freevars)
-    return any(getattr(value, "__code__", None) is frame.f_code for value in closed)
-
-
-def _arguments(frame: FrameType) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments a function was entered with."""
-    info = inspect.getargvalues(frame)
-    code = frame.f_code
-    keyword_only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-    args = [info.locals[name] for name in info.args if name in info.locals and name not in keyword_only]
-    kwargs = {name: info.locals[name] for name in keyword_only if name in info.locals}
-    args += info.locals.get(info.varargs, ()) if info.varargs else ()
-    kwargs.update(info.locals.get(info.keywords, {}) if info.keywords else {})
-    return tuple(args), kwargs
 
 
 def _of(getter: Any) -> str:

@@ -10,9 +10,9 @@ from torch import nn
 from fxsight.address import Address
 from fxsight.book import Call, Const, SizeRef
 from fxsight.facts import Facts, value_text
+from fxsight.libraries import Libraries
 from fxsight.look import NOTHING_CAPTURED, Body, Look, has_forward, in_words
 from fxsight.program import Program
-from fxsight.provenance import Libraries
 from fxsight.sites import Site
 from fxsight.text import node_line
 
