@@ -1,5 +1,6 @@
 """Programs on disk: read back bit for bit, never trusted, never in the way."""
 
+import difflib
 import errno
 import hashlib
 import importlib
@@ -166,6 +167,7 @@ def start(tmp_path: Path, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-W", "error::fxsight.errors.FxsightWarning", "-c", SCRIPT],
         env={**os.environ, **environment},
+        cwd=tmp_path,  # not the checkout, which ``-c`` would find first
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -178,13 +180,24 @@ def printed(process: subprocess.Popen[str]) -> list[tuple[str, str]]:
     return [(made, digest) for made, digest in (line.split() for line in out.splitlines())]
 
 
+def differences(folder: Path) -> str:
+    """Where files of one identity differ, line by line."""
+    kept: dict[str, list[list[str]]] = {}
+    for path in sorted(folder.glob("*.zip")):
+        with zipfile.ZipFile(path) as archive:
+            lines = [line for name in archive.namelist() for line in re.split(r"\\n|}, ", repr(archive.read(name)))]
+        kept.setdefault(path.name.partition("-")[0], []).append(lines)
+    pairs = [lists for lists in kept.values() if len(lists) > 1]
+    return "\n".join(line for first, second, *_ in pairs for line in difflib.unified_diff(first, second, n=0))
+
+
 def test_two_processes_at_once_and_one_after_them(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "model_of_another_process.py").write_text(MODEL)
     shutil.copytree(ROOT / "fxsight", tmp_path / "fxsight")  # a checkout may be edited meanwhile
     both = [start(tmp_path, folder), start(tmp_path, folder)]
     first, second = map(printed, both)
     assert [digest for _, digest in first] == [digest for _, digest in second]
-    assert len(names(folder)) == 2, "one file for each mode, and nothing temporary"
+    assert len(names(folder)) == 2, f"one file for each mode, and nothing temporary:\n{differences(folder)}"
 
     third = printed(start(tmp_path, folder))
     assert [made for made, _ in third] == ["0", "0", "0", "0"]
