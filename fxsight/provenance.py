@@ -328,13 +328,15 @@ class Scribe:
 
     @contextmanager
     def _not_watching(self) -> Generator[None]:
+        """What is called inside is ours, not the model's; also inside another such block."""
+        before, tracing = sys.getprofile(), sys.gettrace()
         sys.setprofile(None)
         sys.settrace(None)
         try:
             yield
         finally:
-            sys.settrace(self._trace)
-            sys.setprofile(self._profile)
+            sys.settrace(tracing)
+            sys.setprofile(before)
 
 
 class _TorchCalls(TorchFunctionMode):

@@ -15,9 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor, nn
 
 import fxsight.progress
+from fxsight.capture import capture
 from fxsight.captures import Captures
 from fxsight.errors import CaptureError
 from fxsight.model import Model
@@ -975,6 +977,17 @@ def test_where_nobody_looks_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) ->
         for clock.now in (1.5, 2.5, 3.5):
             progress()
     assert (screen.getvalue(), asked) == ("", [True])
+
+
+def test_what_draws_is_not_part_of_the_model() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def tick() -> None:
+        Text.assemble("a", "b").truncate(1)
+
+    plain, watched = capture(net, (torch.ones(2, 2),), {}), capture(net, (torch.ones(2, 2),), {}, None, tick)
+    assert watched.book.names == plain.book.names
+    assert watched.text == plain.text
 
 
 @pytest.mark.parametrize(
