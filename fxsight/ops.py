@@ -20,6 +20,7 @@ from fxsight.errors import AddressError, NotExecuted, TraceError, UnknownAddress
 from fxsight.facts import Facts
 from fxsight.look import NOTHING_CAPTURED, Look, in_words
 from fxsight.query import Query, WantedDim
+from fxsight.selectors import Selector
 from fxsight.show import Text, body_text, empty_text, operation_text, table_text
 from fxsight.spec import Dim
 
@@ -107,6 +108,7 @@ class Operations:
 
     def find(
         self,
+        selector: Selector | str | None = None,
         *,
         name: str | None = None,
         target: str | Callable[..., Any] | None = None,
@@ -116,6 +118,7 @@ class Operations:
     ) -> list[Operation]:
         """The operations of this body, and of all below it, for which all that is asked for holds.
 
+        selector: ``"op:relu and layer:0-3"``, or the same in Python: see ``selectors``.
         name: pattern of the operation's name, ``"self_c_*"``.
         target: what is called: a function, a class, an operator (``torch.ops.aten.tanh.default``), or a pattern
         of its name (``"tanh"``, ``"aten.view.*"``).
@@ -124,9 +127,10 @@ class Operations:
         module_class: of the module that is called, or a class it inherits from; its name will do.
         recursive: False for this body alone.
 
-        Raises: TypeError without any criterion, or for one that is none of these; TraceError before a capture.
+        Raises: TypeError without any criterion, or for one that is none of these; TraceError before a capture;
+        SelectionError for a selector that cannot be read, or that selects nothing.
         """
-        found = Query.of(name, target, shape, module_class).answers(self._look, self.address, recursive)
+        found = Query.of(selector, name, target, shape, module_class).answers(self._look, self.address, recursive)
         return [Operation(self._look, address) for address in found]
 
     # -- text ------------------------------------------------------------------------------------------------

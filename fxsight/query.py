@@ -20,6 +20,7 @@ from fxsight.look import Look
 from fxsight.node import origin_of
 from fxsight.place import operator_name
 from fxsight.program import Program
+from fxsight.selectors import Candidate, Selector, chosen, selector_of
 from fxsight.spec import Dim, parse_dims, parse_tensor
 from fxsight.targets import target_name
 
@@ -30,9 +31,10 @@ WantedDim = Dim | str | EllipsisType | None
 class Query:
     """What is asked of operations, as in ``Operations.find``; what is None is not asked for.
 
-    target: pattern for the name of what is called, or of an operator it made.
+    selector: of the operations of the body.  target: pattern for the name of what is called, or of an operator it made.
     """
 
+    selector: Selector | None
     name: str | None
     target: str | None
     dtype: torch.dtype | None
@@ -40,42 +42,42 @@ class Query:
     module_class: str | type[nn.Module] | None
 
     @staticmethod
-    def of(name: Any, target: Any, shape: Any, module_class: Any) -> Query:
+    def of(selector: Any, name: Any, target: Any, shape: Any, module_class: Any) -> Query:
         """What a user asks for.
 
-        Raises: TypeError, saying what is meant.
+        Raises: TypeError, saying what is meant; SelectionError for what is no selector.
         """
-        if name is None and target is None and shape is None and module_class is None:
-            raise TypeError("find what? Give at least one of name=, target=, shape=, module_class=")
+        if selector is None and name is None and target is None and shape is None and module_class is None:
+            raise TypeError("find what? Give a selector, or at least one of name=, target=, shape=, module_class=")
+        places = None if selector is None else selector_of(selector)
         if not isinstance(name, str | None):
             raise TypeError(f"name={name!r}: give a pattern of names, such as 'self_c_*'")
         is_class = isinstance(module_class, type) and issubclass(module_class, nn.Module)
         if not is_class and not isinstance(module_class, str | None):
             raise TypeError(f"module_class={module_class!r}: give a class of modules, or its name")
         dtype, dims = (None, None) if shape is None else _wanted_shape(shape)
-        return Query(name, _wanted_target(target), dtype, dims, module_class)
+        return Query(places, name, _wanted_target(target), dtype, dims, module_class)
 
     def answers(self, look: Look, address: Address, recursive: bool) -> list[Address]:
         """The addresses of the operations in the body at an address for which all that is asked holds.
 
         recursive: those below it, too.
 
-        Raises: TraceError before a capture; UnknownAddress, NotExecuted for the body.
+        Raises: TraceError before a capture; UnknownAddress, NotExecuted for the body; SelectionError where the selector
+        selects none of its operations.
         """
         calls, program = _calls(look, address, recursive)
         made = _operators_made(program)
-        found = [call for call in calls if self._matches(call, look, program, made)]
-        parents = [program.book.calls[call.parent or 0] for call in found]
-        return [program.book.address(p).step(call.name, call.n) for p, call in zip(parents, found, strict=True)]
+        known = [_candidate(call, look, program, made) for call in calls]
+        found = known if self.selector is None else chosen(self.selector, known)
+        return [_address(at.handle, program) for at in found if self._matches(at.handle, at.labels, look, program)]
 
-    def _matches(self, call: Call, look: Look, program: Program, made: Mapping[int, list[str]]) -> bool:
-        """Whether all that is asked holds for a call."""
-        operators = made.get(call.id, []) if call.kind == "torch" else []
-        labels = [call.title, call.title.strip("_"), *operators]
+    def _matches(self, call: Call, labels: Sequence[str], look: Look, program: Program) -> bool:
+        """Whether all else that is asked holds for a call."""
         spec = tensor_spec_of(call.output, program)
         return (
             (self.name is None or fnmatch.fnmatchcase(call.name, self.name))
-            and (self.target is None or bool(fnmatch.filter(labels, self.target)))
+            and (self.target is None or bool(fnmatch.filter(labels[1:], self.target)))
             and (self.dtype is None or (spec is not None and spec.dtype == self.dtype))
             and (self.dims is None or (spec is not None and _fits(self.dims, spec.shape, look)))
             and (self.module_class is None or self._is_of_class(call, look))
@@ -142,6 +144,17 @@ def _calls(look: Look, address: Address, recursive: bool) -> tuple[list[Call], P
     if not top:
         look.find(address)  # says that the module is not called
     return [c for t in top for c in (book.within(t) if recursive else (t,))], program
+
+
+def _candidate(call: Call, look: Look, program: Program, made: Mapping[int, list[str]]) -> Candidate:
+    """A call that may be selected: its name in the source, what it calls, and the operators it made itself."""
+    path = _address(call, program).module
+    operators = made.get(call.id, []) if call.kind == "torch" else []
+    return Candidate(look.module(path), path, (call.name, call.title, call.title.strip("_"), *operators), call)
+
+
+def _address(call: Call, program: Program) -> Address:
+    return program.book.address(program.book.calls[call.parent or 0]).step(call.name, call.n)
 
 
 def _operators_made(program: Program) -> Mapping[int, list[str]]:

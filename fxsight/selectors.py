@@ -1,24 +1,33 @@
-"""Many places with one expression: ``model.select(of(nn.Linear) & path("h.*.mlp.*") & ~layers(0))``.
+"""Many places with one expression: ``model.select("class:Linear and path:h.*.mlp.* and not layer:0")``.
 
-    of(nn.Linear), of("GPT2Block")   modules of a class, or of one derived from it
-    path("transformer.h.*.mlp")      modules whose path fits; ``*`` is within a part, ``**`` across parts
-    layers(3), layers(range(4, 8))   modules in the blocks of these numbers: the numbers in their paths
-    calls("relu")                    operations by what they call, of the last forward: a pattern or a function
+    class:GPT2Block, class:*Attention    modules of a class, or of one derived from it
+    path:transformer.h.*.mlp             modules whose path fits; ``*`` is within a part, ``**`` across parts
+    layer:3, layer:0,4-7                 modules in the blocks of these numbers: the first number in their paths
+    op:relu, op:aten.softmax.*           operations by what they call, or by an operator that this made
 
-``&``, ``|`` and ``~`` combine them.
+A text has ``and``, ``or``, ``not`` and parentheses (see ``selector_text``). The same in Python is combined with ``&``,
+``|`` and ``~``: ``of(nn.Linear) & path("h.*.mlp.*") & ~layers(0)``, and ``calls(torch.relu)``. ``str`` of a selector is
+its text. Of an operation, class, path and layer are those of the module in whose forward it is.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from fxsight import _torch
 from fxsight.errors import SelectionError, nearest
+from fxsight.glob import fits
+from fxsight.selector_text import parse_text, quoted
+from fxsight.targets import target_name
+
+EXAMPLES = "class:GPT2Block, path:h.*.mlp, layer:4-7 or op:relu"
+MOST = 100_000  # blocks are numbered below it
 
 
 class Selector(ABC):
@@ -28,22 +37,41 @@ class Selector(ABC):
     def holds(self, at: Candidate) -> bool:
         """Whether a place is selected."""
 
-    def __and__(self, other: Selector) -> Selector:
-        return Both(self, selector_of(other))
+    @abstractmethod
+    def nearest(self, known: Sequence[Candidate]) -> str:
+        """Why none of these is selected: what comes nearest."""
 
-    def __or__(self, other: Selector) -> Selector:
-        return Either(self, selector_of(other))
+    @property
+    def asks_for_operations(self) -> bool:
+        """Whether it selects operations, and not modules."""
+        return False
+
+    @staticmethod
+    def parse(text: str) -> Selector:
+        """Read a text: ``Selector.parse(str(s)) == s``, but for a class given as itself, which is written by its name.
+
+        Raises: SelectionError with the place in the text, and the nearest right words.
+        """
+        found: Selector = parse_text(text, {"class": of, "path": path, "layer": _layers_of, "op": calls}, EXAMPLES)
+        return found
+
+    def __and__(self, other: Selector | str) -> Selector:
+        return All((*_parts(All, self), *_parts(All, selector_of(other))))
+
+    def __or__(self, other: Selector | str) -> Selector:
+        return Either((*_parts(Either, self), *_parts(Either, selector_of(other))))
+
+    def __rand__(self, other: str) -> Selector:
+        return selector_of(other) & self
+
+    def __ror__(self, other: str) -> Selector:
+        return selector_of(other) | self
 
     def __invert__(self) -> Selector:
         return Not(self)
 
     def __bool__(self) -> bool:
         raise TypeError("a selector is neither true nor false: combine with &, | and ~, not with and, or and not")
-
-    @property
-    def asks_for_operations(self) -> bool:
-        """Whether it selects operations, and not modules."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -58,6 +86,11 @@ class Candidate:
     labels: tuple[str, ...] = ()
     handle: Any = None
 
+    @property
+    def layer(self) -> int | None:
+        """The number of its block: the first in its path."""
+        return next((int(part) for part in self.path.split(".") if part.isdecimal()), None)
+
 
 @dataclass(frozen=True)
 class Of(Selector):
@@ -67,10 +100,17 @@ class Of(Selector):
 
     def holds(self, at: Candidate) -> bool:
         """Also of a class derived from it."""
-        return any(self.cls in (cls, cls.__name__) for cls in type(at.module).__mro__)
+        if isinstance(self.cls, type):
+            return isinstance(at.module, self.cls)
+        return any(fits(self.cls, name) for cls in type(at.module).__mro__ for name in (cls.__name__, _full_name(cls)))
+
+    def nearest(self, known: Sequence[Candidate]) -> str:
+        """Classes that there are."""
+        classes = sorted({type(at.module).__name__ for at in known})
+        return nearest(str(self).partition(":")[2], classes) or f"there are {', '.join(classes)}"
 
     def __str__(self) -> str:
-        return f"of({self.cls if isinstance(self.cls, str) else self.cls.__name__})"
+        return f"class:{quoted(self.cls if isinstance(self.cls, str) else _full_name(self.cls))}"
 
 
 @dataclass(frozen=True)
@@ -81,10 +121,15 @@ class PathPattern(Selector):
 
     def holds(self, at: Candidate) -> bool:
         """The whole path, part by part."""
-        return re.fullmatch(_regex(self.pattern), at.path) is not None
+        return fits(self.pattern, at.path)
+
+    def nearest(self, known: Sequence[Candidate]) -> str:
+        """Paths that there are."""
+        paths = list(dict.fromkeys(at.path for at in known if at.path))
+        return nearest(self.pattern, paths) or f"paths are such as {', '.join(map(repr, paths[:3]))}"
 
     def __str__(self) -> str:
-        return f"path({self.pattern!r})"
+        return f"path:{quoted(self.pattern)}"
 
 
 @dataclass(frozen=True)
@@ -95,11 +140,17 @@ class Layers(Selector):
 
     def holds(self, at: Candidate) -> bool:
         """The first number in the path is the block's."""
-        number = next((int(part) for part in at.path.split(".") if part.isdecimal()), None)
-        return number in self.numbers
+        return at.layer in self.numbers
+
+    def nearest(self, known: Sequence[Candidate]) -> str:
+        """Numbers that there are."""
+        numbers = {at.layer for at in known} - {None}
+        return (
+            f"blocks are numbered {_ranges(n for n in numbers if n is not None)}" if numbers else "no path has a number"
+        )
 
     def __str__(self) -> str:
-        return f"layers({', '.join(map(str, sorted(self.numbers)))})"
+        return f"layer:{_ranges(self.numbers)}"
 
 
 @dataclass(frozen=True)
@@ -110,55 +161,75 @@ class Calls(Selector):
 
     def holds(self, at: Candidate) -> bool:
         """One of the names of the operation fits."""
-        return any(re.fullmatch(_regex(self.pattern), label) for label in at.labels)
+        return any(fits(self.pattern, label) for label in at.labels)
 
     @property
     def asks_for_operations(self) -> bool:
         """Yes."""
         return True
 
+    def nearest(self, known: Sequence[Candidate]) -> str:
+        """What is called."""
+        labels = sorted({label for at in known for label in at.labels})
+        return nearest(self.pattern, labels) or f"this forward calls {', '.join(labels[:20])}"
+
     def __str__(self) -> str:
-        return f"calls({self.pattern!r})"
+        return f"op:{quoted(self.pattern)}"
 
 
 @dataclass(frozen=True)
-class Both(Selector):
-    """What two selectors select."""
+class All(Selector):
+    """What each of several selectors selects."""
 
-    left: Selector
-    right: Selector
+    parts: tuple[Selector, ...]
 
     def holds(self, at: Candidate) -> bool:
-        """Both hold."""
-        return self.left.holds(at) and self.right.holds(at)
+        """All hold."""
+        return all(part.holds(at) for part in self.parts)
 
     @property
     def asks_for_operations(self) -> bool:
         """Whether one of them does."""
-        return self.left.asks_for_operations or self.right.asks_for_operations
+        return any(part.asks_for_operations for part in self.parts)
+
+    def nearest(self, known: Sequence[Candidate]) -> str:
+        """The first that selects nothing by itself, or nothing of what those before it leave."""
+        left = known
+        for number, part in enumerate(self.parts):
+            if not any(part.holds(at) for at in known):
+                return f"{part} alone selects nothing: {part.nearest(known)}"
+            rest = [at for at in left if part.holds(at)]
+            if not rest:
+                before = " and ".join(map(_inner, self.parts[:number]))
+                return f"{before} selects {_places(left)}, and {part} none of these"
+            left = rest
+        return ""
 
     def __str__(self) -> str:
-        return f"({self.left} & {self.right})"
+        return " and ".join(map(_inner, self.parts))
 
 
 @dataclass(frozen=True)
 class Either(Selector):
-    """What one of two selectors selects."""
+    """What one of several selectors selects."""
 
-    left: Selector
-    right: Selector
+    parts: tuple[Selector, ...]
 
     def holds(self, at: Candidate) -> bool:
         """One of them holds."""
-        return self.left.holds(at) or self.right.holds(at)
+        return any(part.holds(at) for part in self.parts)
 
     @property
     def asks_for_operations(self) -> bool:
         """Whether one of them does."""
-        return self.left.asks_for_operations or self.right.asks_for_operations
+        return any(part.asks_for_operations for part in self.parts)
+
+    def nearest(self, known: Sequence[Candidate]) -> str:
+        """Of each of them."""
+        return "; ".join(f"{part}: {part.nearest(known)}" for part in self.parts)
 
     def __str__(self) -> str:
-        return f"({self.left} | {self.right})"
+        return " or ".join(map(str, self.parts))
 
 
 @dataclass(frozen=True)
@@ -176,12 +247,22 @@ class Not(Selector):
         """Whether it does."""
         return self.inner.asks_for_operations
 
+    def nearest(self, known: Sequence[Candidate]) -> str:
+        """All is selected without the not."""
+        return f"{_inner(self.inner)} selects all that was looked at, {_places(known)}"
+
+    def __invert__(self) -> Selector:
+        return self.inner
+
     def __str__(self) -> str:
-        return f"~{self.inner}"
+        return f"not {_inner(self.inner)}"
 
 
 def of(cls: type[nn.Module] | str) -> Selector:
-    """Modules of a class, given as itself or by its name, or of one derived from it."""
+    """Modules of a class, given as itself or by a pattern of its name, or of one derived from it.
+
+    Raises: SelectionError for anything else.
+    """
     given: Any = cls
     if not isinstance(given, str) and not (isinstance(given, type) and issubclass(given, nn.Module)):
         raise SelectionError(f"of({cls!r}): give a class of modules, or its name")
@@ -189,7 +270,10 @@ def of(cls: type[nn.Module] | str) -> Selector:
 
 
 def path(pattern: str) -> Selector:
-    """Modules by path: ``*`` stands for anything within one part of it, ``**`` for any parts."""
+    """Modules by path: ``*`` stands for anything within one part of it, ``**`` for any parts.
+
+    Raises: SelectionError for what is no text.
+    """
     given: Any = pattern
     if not isinstance(given, str):
         raise SelectionError(f"path({pattern!r}): give a pattern, such as 'h.*.mlp'")
@@ -197,63 +281,100 @@ def path(pattern: str) -> Selector:
 
 
 def layers(*numbers: int | Iterable[int]) -> Selector:
-    """The blocks of these numbers and what is in them; the number of a place is the first in its path."""
-    found: list[Any] = [n for each in numbers for n in ([each] if isinstance(each, int) else each)]
-    if not found or any(type(n) is not int or n < 0 for n in found):
+    """The blocks of these numbers and what is in them; the number of a place is the first in its path.
+
+    Raises: SelectionError for none, and for what is no number of a block.
+    """
+    found: set[int] = set()
+    for each in numbers:
+        for number in [each] if isinstance(each, int) else each:
+            given: Any = number
+            if type(given) is not int or not 0 <= given < MOST:
+                raise SelectionError(f"layers{numbers!r}: give numbers of blocks, 0 to {MOST - 1}, not {number!r}")
+            found.add(given)
+    if not found:
         raise SelectionError(f"layers{numbers!r}: give numbers of blocks, from 0: layers(3) or layers(range(4, 8))")
     return Layers(frozenset(found))
 
 
 def calls(target: str | Callable[..., Any]) -> Selector:
-    """Operations that call a function, operator or module class, given as itself or by a pattern of its name."""
-    name = target if isinstance(target, str) else getattr(target, "__name__", None)
+    """Operations that call a function, operator or module class, given as itself or by a pattern of its name.
+
+    Raises: SelectionError for anything else.
+    """
+    if isinstance(target, str):
+        return Calls(target)
+    name = target_name(target) if isinstance(target, _torch.OpOverload) else getattr(target, "__name__", None)
     if not isinstance(name, str):
         raise SelectionError(f"calls({target!r}): give a function, or a pattern such as 'relu'")
-    return Calls(name if isinstance(target, str) else name.strip("_"))
+    return Calls(name.strip("_"))
 
 
-def chosen(selector: Selector, candidates: Iterable[Candidate]) -> list[Candidate]:
+def _layers_of(text: str) -> Selector:
+    """``0,4-7``: with both ends."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise SelectionError(f"layer:{quoted(text)}: give numbers and ranges of blocks, such as 3, 4-7 or 0,4-7")
+        numbers += range(first, last + 1)
+    return layers(numbers)
+
+
+def chosen(selector: Selector | str, candidates: Iterable[Candidate]) -> list[Candidate]:
     """The candidates that a selector selects, in order.
 
-    Raises: SelectionError when there are none, with the nearest names.
+    Raises: SelectionError when there are none, with what comes nearest.
     """
-    known = list(candidates)
-    found = [at for at in known if selector_of(selector).holds(at)]
+    known, wanted = list(candidates), selector_of(selector)
+    found = [at for at in known if wanted.holds(at)]
     if not found:
-        raise SelectionError(f"{selector} selects nothing; {_hint(selector, known)}")
+        raise SelectionError(f"{wanted} selects nothing; {wanted.nearest(known)}")
     return found
 
 
-def _hint(selector: Selector, known: list[Candidate]) -> str:
-    classes = sorted({type(at.module).__name__ for at in known})
-    paths = [at.path for at in known if at.path]
-    match selector:
-        case Of(cls):
-            name = cls if isinstance(cls, str) else cls.__name__
-            return nearest(name, classes) or f"there are {', '.join(classes)}"
-        case PathPattern(pattern):
-            return nearest(pattern, paths) or f"paths are such as {', '.join(map(repr, paths[:3]))}"
-        case Calls(pattern):
-            labels = sorted({label for at in known for label in at.labels})
-            return nearest(pattern, labels) or f"this forward calls {', '.join(labels)}"
-        case Both(left, right):
-            empty = [s for s in (left, right) if not any(s.holds(at) for at in known)]
-            return _hint(empty[0], known) if empty else f"{left} and {right} select something, and nothing in common"
-        case _:
-            return f"{len(known)} places were looked at"
-
-
 def selector_of(selector: Any) -> Selector:
-    """A selector, which it must be.
+    """A selector, or what a text says.
 
     Raises: SelectionError.
     """
+    if isinstance(selector, str):
+        return Selector.parse(selector)
     given: Any = selector
     if not isinstance(given, Selector):
-        raise SelectionError(f"not a selector: {selector!r}; write of(...), path(...), layers(...) or calls(...)")
+        raise SelectionError(
+            f"not a selector: {selector!r}; write a text, such as {EXAMPLES}, or of(...), path(...), layers(...) or "
+            "calls(...)"
+        )
     return given
 
 
-def _regex(pattern: str) -> str:
-    parts = re.split(r"(\*\*|\*|\?)", pattern)
-    return "".join({"**": ".*", "*": "[^.]*", "?": "[^.]"}.get(part, re.escape(part)) for part in parts)
+def _parts(kind: type[All | Either], selector: Selector) -> tuple[Selector, ...]:
+    """Those of a selector of this kind, and itself for another: ``a & (b & c)`` is ``a & b & c``."""
+    return selector.parts if isinstance(selector, kind) else (selector,)
+
+
+def _inner(selector: Selector) -> str:
+    return f"({selector})" if isinstance(selector, All | Either) else str(selector)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``0,4-7``."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+
+
+def _places(known: Sequence[Candidate]) -> str:
+    names = list(dict.fromkeys(str(getattr(at.handle, "address", at.path)) for at in known))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(repr(name) for name in names[:3])}{more}"

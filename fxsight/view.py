@@ -172,23 +172,23 @@ class View:
         child = f'; its child of that name is view["{port}"]' if port in self._module._modules else ""
         raise TraceError(f"{self.address}:{port} has a value only inside a trace: with model.trace(...):{child}")
 
-    def select(self, selector: Selector) -> list[Any]:
+    def select(self, selector: Selector | str) -> list[Any]:
         """The modules here and below, or the operations, that a selector selects: see ``selectors``.
 
-            for block in model.select(of("GPT2Block") & layers(range(4, 8))):
+            for block in model.select("class:GPT2Block and layer:4-7"):
                 block.output[:, -1] += vector
 
-        Returns: views, parents before children; for ``calls(...)`` operations, of the last forward.
-        Raises: SelectionError when there are none; TraceError for operations before a capture.
+        Returns: views, parents before children; where it asks for operations (``op:``), these, of the last forward.
+        Raises: SelectionError when there are none, and for a text that cannot be read; TraceError for operations
+        before a capture.
         """
-        root = self._root
-        if selector_of(selector).asks_for_operations:
-            found = [_operation(root, op) for op in self.ops.find(name="*")]
-        else:
-            below = (path for path, _ in self._module.named_modules())
-            paths = (".".join(filter(None, (self._path, path))) for path in below)
-            found = [Candidate(root[path]._module, path, (), root[path]) for path in paths]
-        return [at.handle for at in chosen(selector, found)]
+        root, wanted = self._root, selector_of(selector)
+        if wanted.asks_for_operations:
+            return list(self.ops.find(wanted))
+        below = (path for path, _ in self._module.named_modules())
+        paths = (".".join(filter(None, (self._path, path))) for path in below)
+        found = [Candidate(root[path]._module, path, (), root[path]) for path in paths]
+        return [at.handle for at in chosen(wanted, found)]
 
     # -- the tree ----------------------------------------------------------------------------------------------------
 
@@ -466,13 +466,6 @@ class View:
     def __copy__(self) -> Any:
         rebuild, state = self.__reduce__()
         return rebuild(*state)
-
-
-def _operation(root: Model, op: Any) -> Candidate:
-    """An operation that may be selected."""
-    target: str = op.target
-    labels = (op.address.steps[-1].name, target, target.rpartition(".")[2].strip("_"), *target.split(".")[1:2])
-    return Candidate(root[op.address.module]._module, op.address.module, labels, op)
 
 
 def _again(root: Model, path: str, call: int) -> View:

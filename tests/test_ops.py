@@ -520,7 +520,7 @@ def test_find_inside_operations(model: Model) -> None:
 @pytest.mark.parametrize(
     ("criterion", "expected"),
     [
-        ({}, "find what? Give at least one of name=, target=, shape=, module_class="),
+        ({}, "find what? Give a selector, or at least one of name=, target=, shape=, module_class="),
         ({"name": 3}, "name=3: give a pattern of names, such as 'self_c_*'"),
         ({"target": 3}, "target=3: give a function, class or operator, or a pattern such as 'tanh'"),
         ({"shape": 3}, "shape=3: give sizes, such as ('batch', None, 64) or 'f32[batch, length, 64]'"),

@@ -85,22 +85,48 @@ def test_operations(model: Model) -> None:
     assert not torch.equal(edited(_x()), model(_x()))
 
 
+def test_in_find(model: Model) -> None:
+    model.capture(_x())
+
+    def found(selector: Any, **others: Any) -> list[str]:
+        return [str(op.address) for op in model.ops.find(selector, **others)]
+
+    assert found("op:relu and layer:0-1") == found(calls(torch.relu) & layers(0, 1))
+    assert found("op:relu", recursive=True) == ["h.0/torch_relu_0", "h.1/torch_relu_0", "h.2/torch_relu_0"]
+    assert found("op:aten.relu.*") == found("op:relu") == found(calls(torch.ops.aten.relu.default))
+    assert found("op:self_*_0 and class:Wide") == ["h.1/self_up_0", "h.1/self_down_0"]
+    assert found("layer:1", name="self_*") == ["h.1/self_up_0", "h.1/self_down_0"]
+    assert found("op:tanh", shape=(99,)) == []
+    assert [op.name for op in model.h[2].ops.find("op:Linear")] == ["self_up_0", "self_down_0"]
+    with pytest.raises(SelectionError, match="op:rleu selects nothing; did you mean 'relu'"):
+        found("op:rleu")
+    with pytest.raises(TypeError, match=r"find what\? Give a selector, or at least one of name="):
+        model.ops.find()
+
+
 def test_empty_and_wrong(model: Model) -> None:
     model.capture(_x())
     for selector, told in [
-        (of("Mpl"), r"of\(Mpl\) selects nothing; did you mean 'Mlp'"),
-        (path("h.*.upp"), r"path\('h.\*.upp'\) selects nothing; did you mean"),
-        (layers(7), r"layers\(7\) selects nothing; 12 places were looked at"),
-        (of(nn.Linear) & layers(9), r"selects nothing; 12 places"),
-        (of(Wide) & layers(0), r"of\(Wide\) and layers\(0\) select something, and nothing in common"),
-        (calls("gelu"), r"calls\('gelu'\) selects nothing; "),
+        (of("Mpl"), "class:Mpl selects nothing; did you mean 'Mlp'"),
+        (of("Mpl") | path("nowhere"), r"class:Mpl: did you mean 'Mlp'\?; path:nowhere: paths are such as 'h', 'h.0'"),
+        (path("h.*.upp"), r"path:h.\*.upp selects nothing; did you mean"),
+        (layers(7), "layer:7 selects nothing; blocks are numbered 0-2"),
+        (of(nn.Linear) & layers(9), "selects nothing; layer:9 alone selects nothing: blocks are numbered 0-2"),
+        (of(Wide) & layers(0), "and layer:0 selects nothing; class:.*Wide selects 'h.1', and layer:0 none of these"),
+        (of(nn.Linear) & path("head") & layers(0), "Linear and path:head selects 'head', and layer:0 none of these"),
+        (~of(nn.Module), r"not class:.*Module selects all that was looked at, '', 'h', 'h.0' and 9 more"),
+        (calls("gelu"), "op:gelu selects nothing; did you mean 'relu'"),
     ]:
         with pytest.raises(SelectionError, match=told):
             model.select(selector)
-    with pytest.raises(SelectionError, match=r"not a selector: 'h.0'; write of\(...\), path\(...\)"):
-        model.select("h.0")  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match=r"not a selector: 3; write a text, such as class:GPT2Block, path:h"):
+        model.select(3)  # type: ignore[arg-type]
     with pytest.raises(SelectionError, match=r"layers\(\): give numbers of blocks, from 0"):
         layers()
+    with pytest.raises(
+        SelectionError, match=r"layers\(range\(0, 1000000000000\),\): give numbers .* 0 to 99999, not 1"
+    ):
+        layers(range(10**12))
     with pytest.raises(SelectionError, match=r"of\(3\): give a class of modules, or its name"):
         of(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"combine with &, | and ~, not with and, or and not"):
