@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: TID251
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import fxsight
+from tests import small
 from tests.oracle import Edit, Read, run
 from tests.zoo import token_ids
 
@@ -492,9 +492,7 @@ def test_one_kind_of_noise_equals_torch_s() -> None:
 
 
 def test_model_outputs_in_invokes_sessions_and_conditions() -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=97, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    net = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    net = small.gpt2()
     model, ids = fxsight.Model(net, cache=False), token_ids(3, 5)
     with model.session(), model.trace() as tracer:
         with tracer.invoke(ids[:1]):

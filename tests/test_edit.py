@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fxsight
 from fxsight import Model, NotExecuted
 from fxsight.errors import EditError, FirstCallWarning, LostEditWarning, NeedsValueError, TraceError, WriteError
+from tests import small
 from tests.oracle import Edit, run
 
 
@@ -78,24 +78,8 @@ def _edited(model: Model) -> Model:
 
 @cache
 def _language(kind: str) -> Model:
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        net: nn.Module = GPT2LMHeadModel(
-            GPT2Config(vocab_size=97, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-        )
-    else:
-        net = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=97,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=64,
-            )
-        )
-    return Model(net.eval().requires_grad_(False), cache=False)
+    net = small.gpt2() if kind == "gpt2" else small.llama(num_key_value_heads=1)
+    return Model(net, cache=False)
 
 
 def _ids(rows: int = 2, length: int = 5) -> Tensor:

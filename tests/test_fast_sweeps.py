@@ -11,20 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import (
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
 
 import fxsight
+from tests import small
 
 LENGTH, WIDTH, LAYERS, WORDS = 6, 16, 3, 31
+SIZES = {"vocab_size": WORDS, "num_hidden_layers": LAYERS}
 
 
 def ids(seed: int, length: int = LENGTH) -> Tensor:
@@ -33,67 +25,23 @@ def ids(seed: int, length: int = LENGTH) -> Tensor:
 
 @cache
 def gpt2(attention: str = "sdpa") -> Any:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=WORDS,
-        n_positions=128,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_implementation=attention,
-    )
-    return fxsight.Model(GPT2LMHeadModel(config).eval().requires_grad_(False), cache=False)
+    net = small.gpt2(vocab_size=WORDS, n_positions=128, n_layer=LAYERS, attn_implementation=attention)
+    return fxsight.Model(net, cache=False)
 
 
 @cache
 def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return fxsight.Model(LlamaForCausalLM(config).eval().requires_grad_(False), cache=False)
+    return fxsight.Model(small.llama(**SIZES, num_attention_heads=4), cache=False)
 
 
 @cache
 def mistral() -> Any:
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=WORDS,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        sliding_window=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return fxsight.Model(MistralForCausalLM(config).eval().requires_grad_(False), cache=False)
+    return fxsight.Model(small.mistral(**SIZES, num_attention_heads=4), cache=False)
 
 
 @cache
 def bert() -> Any:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=WORDS,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    return fxsight.Model(BertModel(config).eval().requires_grad_(False), cache=False)
+    return fxsight.Model(small.bert(**SIZES), cache=False)
 
 
 def blocks(model: Any) -> Any:

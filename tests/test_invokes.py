@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import fxsight
 from fxsight.errors import LostEditWarning
+from tests import small
 from tests.oracle import Edit, Read, run
 from tests.zoo import tiny_transformer, token_ids
 
@@ -132,11 +132,7 @@ def test_every_input_that_carries_the_batch_is_joined() -> None:
 
 
 def test_padded_prompts_and_their_masks_on_bert_and_gpt2() -> None:
-    torch.manual_seed(0)
-    bert = BertModel(BertConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                intermediate_size=32, max_position_embeddings=32)).eval()  # fmt: skip
-    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=32, n_embd=16, n_layer=2, n_head=2,
-                                     bos_token_id=0, eos_token_id=0)).eval()  # fmt: skip
+    bert, gpt = small.bert(), small.gpt2()
     ids = token_ids(4, 6)
     mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [0] + [1] * 5, [1] * 6])
     for net, place, extra in ((bert, "encoder.layer.0.output", {}), (gpt, "transformer.h.0.mlp", {"use_cache": False})):
@@ -497,9 +493,7 @@ def test_a_model_that_holds_for_one_batch_alone_is_captured_again() -> None:
 
 def test_a_batch_of_one_first() -> None:
     """GPT-2 asks whether the batch is one: its program for one prompt is another than that for more."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=97, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    net = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    net = small.gpt2()
     model, ids = fxsight.Model(net, cache=False), token_ids(3, 5)
     with model.trace() as tracer:
         with tracer.invoke(ids[:1], use_cache=False):

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import fxsight
 from fxsight.errors import FirstRowWarning, LostEditWarning
+from tests import small
 from tests.oracle import Edit, run
 
 
@@ -28,9 +28,7 @@ def _model() -> fxsight.Model:
 
 @cache
 def _gpt2() -> fxsight.Model:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=97, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    return fxsight.Model(GPT2LMHeadModel(config).eval().requires_grad_(False), cache=False)
+    return fxsight.Model(small.gpt2(), cache=False)
 
 
 def _x() -> Tensor:

@@ -13,21 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import fxsight
 from fxsight.lift import lifted, outline, varying
+from tests import small
 
 LENGTH, WIDTH, LAYERS = 5, 16, 3
 
 
 @cache
 def gpt2() -> Any:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=41, n_positions=16, n_embd=WIDTH, n_layer=LAYERS, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+    return small.gpt2(vocab_size=41, n_layer=LAYERS)
 
 
 @cache

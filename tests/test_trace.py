@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 import fxsight
 from fxsight.lower import TOLERANCE
+from tests import small
 from tests.zoo import tiny_transformer, token_ids
 
 
@@ -69,9 +69,7 @@ def _model() -> fxsight.Model:
 
 @cache
 def _gpt2() -> fxsight.Model:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=97, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    return fxsight.Model(GPT2LMHeadModel(config).eval(), cache=False)
+    return fxsight.Model(small.gpt2().requires_grad_(), cache=False)
 
 
 @cache
