@@ -31,6 +31,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.utils._sympy import functions as _size_functions
 
 # OpOverload: the class of ``torch.ops.aten.add.Tensor``; documented, importable only from a private module.
+# split: ``aten.split.Tensor`` itself; the public ``torch.split`` is a function in Python around it.
+split: Callable[..., Any] = torch._VF.split  # type: ignore[attr-defined]
 # FakeTensorMode: shapes without memory. torch.export hands its own out in ``meta["val"]``; there is no public class.
 FakeMode = FakeTensorMode
 # Raised when a fake tensor is asked for a number or gives a size only data tells.

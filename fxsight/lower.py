@@ -25,6 +25,7 @@ from fxsight.node import binding_of
 from fxsight.program import Program
 from fxsight.regions import cut
 from fxsight.spec import TensorSpec, number
+from fxsight.straight import straight
 
 Tier = Literal["eager", "inductor"]
 Lowered = Callable[..., Sequence[Any]]
@@ -41,8 +42,7 @@ TOLERANCE: Mapping[torch.dtype, tuple[float, float]] = {
 
 def eager(program: Program) -> Lowered:
     """The program as one Python function of its placeholders; returns its results in order."""
-    forward: Lowered = fx.GraphModule(torch.nn.Module(), program.graph).forward  # which reads the graph, and no more
-    return forward
+    return straight(program.graph, program.name)
 
 
 def keeping(program: Program) -> Callable[..., dict[str, Any]]:
