@@ -60,7 +60,7 @@ class Source:
         try:
             with torch.device("meta"):
                 module: nn.Module = make(config, **options)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError):  # what operators without a meta kernel, and .item() there, raise
             return self.load()
         return module.eval()
 

@@ -35,6 +35,7 @@ WORKLOADS: Sequence[Workload] = (
     hotspots.WORKLOAD,
 )
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+FIGURES = PAGE.parent / "figures"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -108,6 +109,9 @@ def _write(pages: Sequence[tuple[Workload, Sequence[Table]]], bench: Bench, flag
         command = " ".join(["sh .ci/bench", workload.name, *flags])
         head = f"{machine(nnsight)} Torch on {threads}. `{command}`"
         page = replace_between(page, workload.name, "\n".join([head, "", *(table.markdown() for table in tables)]))
+        for figure in (table.figure for table in tables if table.figure):
+            FIGURES.mkdir(exist_ok=True)
+            (FIGURES / f"{figure.name}.svg").write_text(figure.svg())
     PAGE.write_text(page)
 
 

@@ -6,17 +6,16 @@ from typing import Any
 import torch
 
 from tests.bench import models
-from tests.bench.case import FAST, HOOKS, SWEEP, Bench, Case, Workload
+from tests.bench.case import FAST, FAST_PLAN, HOOKS, PLAN, SWEEP, Bench, Case, Workload
+from tests.bench.figure import Figure
 from tests.bench.grid import Task
 from tests.bench.hooks import inputs
 from tests.bench.report import Table
 from tests.bench.timing import Job
 
-BAR = 40  # characters of the longest bar
-
 
 def run(bench: Bench) -> Iterator[Table]:
-    """A table for each way to grow, with bars for the time of a cell."""
+    """A table for each way to grow, and a chart."""
     short = bench.options.quick
     cells = [10, 30] if short else [10, 100, 1000]
     layers = [2, 4] if short else [2, 12, 48]
@@ -29,11 +28,13 @@ def run(bench: Bench) -> Iterator[Table]:
 def _table(bench: Bench, what: str, sizes: list[tuple[int, int, int, int]]) -> Table:
     rows = bench.compare("growth", (_case(f"{what} {n}", *size) for n, *size in sizes))
     counts = [layers * -(-cells // layers) for _, layers, _, cells in sizes]
-    pairs = zip(rows, counts, strict=True)
-    each = [(row.name, name, t.median / count) for row, count in pairs for name, t in row.times.items()]
-    longest = max(seconds for *_, seconds in each)
-    shown = [(a, b, f"{s * 1e3:.2f} ms", "█" * round(BAR * s / longest)) for a, b, s in each]
-    return Table(f"Growth with {what}: time of one cell", ("", "", "a cell", ""), shown)
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row, count, (n, *_) in zip(rows, counts, sizes, strict=True):
+        for name, times in row.times.items():
+            series.setdefault(name, []).append((n, times.median / count * 1e3))
+    shown = [(name, *(f"{ms:.2f} ms" for _, ms in points)) for name, points in series.items()]
+    figure = Figure(f"growth-{what}", f"Time of one cell, by {what}", what, "ms", series)
+    return Table(f"Growth with {what}: time of one cell", ("", *(row.name for row in rows)), shown, figure=figure)
 
 
 def _case(name: str, layers: int, length: int, cells: int) -> Case:
@@ -45,11 +46,11 @@ def _case(name: str, layers: int, length: int, cells: int) -> Case:
     places = [(cell // each, cell % each * length // each, 1.0 + cell % each) for cell in range(layers * each)]
     with torch.no_grad():
         jobs = {HOOKS: _naive(net, task, places)}
-        jobs |= {name: _swept(Model(net, cache=False), task, places, mode) for name, mode in _MODES}
+        for mode, swept, planned in (("exact", SWEEP, PLAN), ("fast", FAST, FAST_PLAN)):
+            jobs |= _swept(Model(net, cache=False), task, places, mode, (swept, planned))
     return Case(name, jobs, reference=HOOKS, rounds=3, calls=1)
 
 
-_MODES = ((SWEEP, "exact"), (FAST, "fast"))
 Places = list[tuple[int, int, float]]  # layer, position, strength
 
 
@@ -70,13 +71,19 @@ def _naive(net: Any, task: Task, places: Places) -> Job:
     return job
 
 
-def _swept(model: Any, task: Task, places: Places, mode: str) -> Job:
+def _swept(model: Any, task: Task, places: Places, mode: str, names: tuple[str, str]) -> dict[str, Job]:
+    """A sweep, which makes its plan; and a plan that is there."""
+
     def body(cell: Any) -> Any:
         layer, position, strength = places[cell]
         model.transformer.h[layer].input[:, position] *= strength
         return task.metric(model.lm_head.output)
 
-    return lambda: [model.sweep(body, task.corrupted, mode=mode, cell=range(len(places))).values]
+    def sweep() -> list[torch.Tensor]:
+        return [model.sweep(body, task.corrupted, mode=mode, cell=range(len(places))).values]
+
+    plan = model.plan(body, task.corrupted, mode=mode, cell=range(len(places)))
+    return dict(zip(names, (sweep, lambda: [plan.run().values]), strict=True))
 
 
 WORKLOAD = Workload("growth", "sweeps with more cells, layers and positions", run, default=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from tests.bench.figure import Figure
 from tests.bench.timing import Paired
 
 
@@ -23,6 +24,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    figure: Figure | None = None
 
     def show(self, console: Console) -> None:
         """On the terminal."""
@@ -37,7 +39,8 @@ class Table:
         """As a section of a page."""
         head = ["| " + " | ".join(self.columns) + " |", "|---" + "|---:" * (len(self.columns) - 1) + "|"]
         body = ["| " + " | ".join(row) + " |" for row in self.rows]
-        return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), *head, *body, ""])
+        drawn = [f"![{self.figure.title}](figures/{self.figure.name}.svg)", ""] if self.figure else []
+        return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), *drawn, *head, *body, ""])
 
 
 def duration(seconds: float) -> str:

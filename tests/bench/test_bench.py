@@ -1,9 +1,12 @@
 """Does the benchmark run? What it finds is not judged here: times are no tests."""
 
+from xml.etree import ElementTree
+
 import pytest
 
 from tests.bench.case import BARE, HOOKS, PROGRAM, TRACE, Bench, Options
 from tests.bench.check import Different, largest_difference
+from tests.bench.figure import Figure
 from tests.bench.report import replace_between
 from tests.bench.t1 import run
 
@@ -33,3 +36,11 @@ def test_only_the_marked_part_of_the_page_is_exchanged() -> None:
     assert replace_between(page, "t1", "new") == "a\n<!-- t1 -->\n\nnew\n\n<!-- end t1 -->\nb"
     with pytest.raises(ValueError, match="lacks <!-- t2 -->"):
         replace_between(page, "t2", "new")
+
+
+def test_a_figure_has_its_lines_and_the_powers_of_ten() -> None:
+    drawn = Figure("f", "Time <of> a cell", "cells", "ms", {"a": [(10, 0.5), (1000, 20.0)], "b": [(10, 3.0)]}).svg()
+    root = ElementTree.fromstring(drawn)
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert texts == ["Time <of> a cell", "cells", "ms", "10", "1000", "0.1", "1", "10", "100", "a", "b"]
+    assert drawn.count("<circle") == 3
