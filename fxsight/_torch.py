@@ -343,3 +343,29 @@ def write_aoti(exported: Any, path: Any) -> None:
     from torch._inductor import aoti_compile_and_package
 
     aoti_compile_and_package(exported, package_path=str(path))
+
+
+def history(tensor: torch.Tensor) -> tuple[Any, int]:
+    """The function of autograd that has made a tensor, and which of its results it is; below torch's functions.
+
+    Reason: ``DisableTorchFunctionSubclass`` is the documented way to see a subclass as a plain tensor (2.0+).
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.grad_fn, tensor.output_nr
+
+
+def forget_history(tensor: torch.Tensor) -> None:
+    """Let a tensor be a leaf that requires no gradient; below torch's functions.
+
+    Reason: as ``history``.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor.detach_()
+
+
+def result_shapes(context: Any) -> list[Any]:
+    """Of each result of a called ``torch.autograd.Function``: shape, dtype and device; None for one without gradient.
+
+    Reason: nothing public tells how many gradients its backward takes (``Node._input_metadata``, 2.1+).
+    """
+    return [None if x is None else (tuple(x.shape), x.dtype, x.device) for x in context._input_metadata]

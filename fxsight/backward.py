@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxsight.context import here
+from fxsight.custom_calls import Body, CustomCalls
 from fxsight.errors import TraceError, WriteError
 from fxsight.gradient import Backward, gradient
 from fxsight.node import Origin
@@ -25,22 +26,11 @@ from fxsight.value import Cell, Recording, Value
 NEXT = -1  # the pass that is not there yet
 
 
-class Writer(Protocol):
+class Writer(Body, Protocol):
     """What is needed of the body that is written."""
-
-    graph: fx.Graph
-    seen: set[fx.Node]
-
-    def node_of(self, value: Any) -> fx.Node:
-        """The node of a value's or tensor's present state."""
-        ...
 
     def current(self, cell: Cell) -> fx.Node:
         """The node of a cell's present value."""
-        ...
-
-    def is_own(self, leaf: Any) -> bool:
-        """Whether it is a value of this body."""
         ...
 
     def remember(self, cell: Cell) -> None:
@@ -104,6 +94,7 @@ class Gradients:
         self.inside: list[int] = []
         self.enabled = True  # whether the block began with gradients enabled
         self.unseen = ""  # the line of an edit in place that autograd does not see
+        self.functions = CustomCalls(owner, body)
 
     # -- what a body says --------------------------------------------------------------------------------------------
 
@@ -266,8 +257,10 @@ class Gradients:
                 "element 0 of tensors does not require grad and does not have a grad_fn: the block began under "
                 "torch.no_grad() or torch.inference_mode()"
             )
+        number = len(self._passes)
         self._passes.append(replace(asked, line=self._owner.line()))
-        return len(self._passes) - 1
+        self._passes[number] = replace(self._passes[number], functions=self.functions.go_back(number, asked.create))
+        return number
 
     def _loss(self, loss: Any) -> str:
         node = self._body.node_of(loss)
@@ -348,8 +341,12 @@ class Gradients:
         """Values that the body has made require gradients."""
         return tuple(node.name for node in self._marked)
 
-    def check_answered(self) -> None:
-        """Raises: TraceError for a gradient that no pass computes, and for an edit that none can see."""
+    def finish(self) -> None:
+        """The block has ended.
+
+        Raises: TraceError for a gradient that no pass computes, and for an edit that none can see.
+        """
+        self.functions.finish()
         if self._passes and self.unseen:
             raise TraceError(
                 f"{self.unseen}: this edit in place stands under torch.no_grad(), and the block has a backward pass, "
@@ -366,8 +363,10 @@ class Gradients:
         """In a branch not taken: what is said from now on is forgotten.  Returns: forgets it."""
         kept = {key: (arrival, dict(vars(arrival))) for key, arrival in self._arrivals.items()}
         passes, full, marked = list(self._passes), list(self._full), dict(self._marked)
+        forget_calls = self.functions.freeze()
 
         def forget() -> None:
+            forget_calls()
             for arrival, was in kept.values():
                 vars(arrival).update(was)
             self._arrivals = {key: arrival for key, (arrival, _) in kept.items()}

@@ -109,6 +109,7 @@ class Body:
 
         Raises: what torch raises on these shapes; TraceError for calls that cannot be part of a program.
         """
+        self.gradients.functions.adopt()
         name = getattr(func, "__name__", "")
         asked = about_gradients(func, name)
         if asked:
@@ -192,9 +193,18 @@ class Body:
             return rule.tree.build(rule.leaves)
         node_args, node_kwargs = tree.build([self._argument(leaf) for leaf in leaves])
         made = self._wrap(rule, self._add(func, node_args, node_kwargs, rule.spec), leaves, (func, tree))
-        if self.gradients.is_off and func is not torch.Tensor.detach:
-            return map_leaves(lambda x: self.operation(torch.Tensor.detach, (x,), {}) if self.is_own(x) else x, made)
+        if self.gradients.is_off:
+            return made if func is torch.Tensor.detach else map_leaves(self._still, made)
         return made
+
+    def _still(self, leaf: Any) -> Any:
+        """A result of a call under ``torch.no_grad()``: no gradient flows through it."""
+        if not self.is_own(leaf):
+            return leaf
+        leaf.cell.is_still = True
+        value: Value = self.operation(torch.Tensor.detach, (leaf,), {})
+        self.gradients.functions.see(value)
+        return value
 
     def _with_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A result whose shape depends on numbers: computed now, and a constant from here on."""
@@ -280,7 +290,9 @@ class Body:
         before = self.current(root)
         asked = (before, tuple(views), self._name(func), tuple(args), dict(kwargs))
         node = self._add(mutate, asked, {}, before.meta["spec"])
-        if self.gradients.is_off:
+        if self.gradients.is_off and root.is_still:
+            node = self._add(torch.Tensor.detach, (node,), {}, before.meta["spec"])
+        elif self.gradients.is_off:
             self.gradients.unseen = self._owner.line()
         self.remember(root)
         root.version = root.seen = next(self._clock)
@@ -325,6 +337,7 @@ class Body:
 
     def current(self, cell: Cell) -> fx.Node:
         """The node of a cell's present value: of a view whose base has changed, the view taken again."""
+        self.gradients.functions.adopt()
         if cell.base is not None and cell.step is not None and cell.seen != cell.root.version:
             base = self.current(cell.base)
             name, args, kwargs, path = cell.step
@@ -382,6 +395,7 @@ class Body:
         """The placeholder of a tensor of the user's or of the model's."""
         known = self._given.get(id(tensor))
         if known is None:
+            self.gradients.functions.check_given(tensor, self._owner.line())
             weight = self._names.get(id(tensor))
             label = f"weight_{len(self.weight_names)}" if weight is not None else f"constant_{len(self.constants)}"
             node = self.graph.placeholder(label)
@@ -396,6 +410,11 @@ class Body:
                 self._versions.append(None if isinstance(tensor, Value) else _torch.version(tensor))
             known = self._given[id(tensor)] = (node, tensor)
         return known[0]
+
+    @property
+    def given(self) -> list[torch.Tensor]:
+        """The plain tensors that it uses."""
+        return [tensor for _, tensor in self._given.values()]
 
     def _number(self, tensor: torch.Tensor) -> int:
         """The number of a constant; -1 for what is none."""

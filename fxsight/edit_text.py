@@ -42,7 +42,7 @@ _REFUSED = (
         *("map_", "map2_", "apply_", "tofile", "__iter__", "as_subclass", "is_shared", "pin_memory", "record_stream"),
     }
 )
-_ROOTS = ("torch.", "aten.", "operator.getitem", "getattr", "mutate")
+_ROOTS = ("torch.", "aten.", "operator.getitem", "getattr", "mutate", "custom_function")
 _LONGEST = 100_000  # characters of a line
 
 

@@ -10,6 +10,7 @@ import torch
 from fxsight.custom import lost_results, said
 from fxsight.effects import mutated_storages, storages
 from fxsight.errors import InputError, TraceError, nearest
+from fxsight.gradient import custom_function
 from fxsight.lower import eager
 from fxsight.node import binding_of
 from fxsight.program import Program
@@ -93,6 +94,11 @@ def _check_pure(program: Program) -> None:
     lost = lost_results(program)
     if lost:
         raise TraceError(said(lost[0][1]))
+    if any(node.target is custom_function for node in program.graph.nodes):
+        raise TraceError(
+            "no pure function: the body calls a torch.autograd.Function, whose backward is known in its block alone; "
+            "write the function with plain operators (x + (y - x).detach() has the value of y and the gradient of x)"
+        )
     changed = mutated_storages(program.graph.nodes)
     for node in program.graph.nodes:
         if node.op == "placeholder" and storages(node) & changed:

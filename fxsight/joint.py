@@ -26,7 +26,7 @@ from fxsight.decompose import with_values
 from fxsight.effects import mutated_storages, storages
 from fxsight.errors import CausalityError, TraceError
 from fxsight.example_sizes import size_number
-from fxsight.gradient import backward, gradient
+from fxsight.gradient import arrived, backward, custom_function, gradient
 from fxsight.marks import Marks
 from fxsight.node import binding_of, origin_of
 from fxsight.spec import TensorSpec, symbol
@@ -40,7 +40,8 @@ class Pass:
     """One backward pass of a woven program.
 
     arrivals: by value, the nodes of its gradients: those of later places first, where the gradient comes first.
-    edits: by such a node, the gradient that goes on.
+    edits: by such a node, the gradient that goes on.  functions: by a ``custom_function``, the nodes of the gradients
+    that arrive at its results, and of those that go on from its inputs.
     """
 
     number: int
@@ -52,6 +53,7 @@ class Pass:
     create: bool
     zeros: bool
     edits: dict[fx.Node, fx.Node]
+    functions: dict[fx.Node, tuple[tuple[fx.Node, ...], tuple[fx.Node | None, ...]]]
     arrivals: dict[fx.Node, list[fx.Node]] = field(default_factory=dict[fx.Node, list[fx.Node]])
 
 
@@ -61,9 +63,11 @@ def passes_of(nodes: Sequence[fx.Node], tensor: Callable[[fx.Node], fx.Node]) ->
     for node in nodes:
         if node.target is backward:
             given: tuple[Any, ...] = node.args
-            number, losses, seeds, edits, leaves, (retain, create, unused), learned, _ = given
+            number, losses, seeds, edits, leaves, (retain, create, unused), learned, _, functions = given
+            custom = {function: (arrivals, goes_on) for function, arrivals, goes_on in functions}
             firsts = tuple(dict.fromkeys(map(tensor, learned if leaves is None else leaves)))
-            found.append(Pass(number, node, losses, seeds, firsts, retain, create, unused == "zeros", dict(edits)))
+            zeros = unused == "zeros"
+            found.append(Pass(number, node, losses, seeds, firsts, retain, create, zeros, dict(edits), custom))
     found.sort(key=lambda one: one.number)
     order = {node: number for number, node in enumerate(nodes)}
     places: list[Any] = [n for n in nodes if n.target is gradient]
@@ -202,10 +206,11 @@ class _Run:
         levels: dict[fx.Node, int] = {}
 
         def after(node: Any) -> int:
-            return int(node.args[1]) + 1 if node.target is gradient else levels.get(node, 0)
+            number = _PASSES.get(node.target)
+            return levels.get(node, 0) if number is None else int(node.args[number]) + 1
 
         for node in self.nodes:
-            if node.op == "call_function" and node.target not in (gradient, backward):
+            if node.op == "call_function" and node.target not in (*_PASSES, backward):
                 levels[node] = max(map(after, node.all_input_nodes), default=0)
         late = [n for n, level in levels.items() if level and storages(n) & self.changed]
         if late:
@@ -230,7 +235,7 @@ class _Run:
         """The value of a node; computed once."""
         if node in self.env:
             return self.env[node]
-        if node.target is gradient:
+        if node.target in _PASSES:
             raise CausalityError(
                 f"{origin_of(node).user}: this gradient arrives later than one that is edited with it: the backward "
                 "pass goes from the loss to the input"
@@ -243,7 +248,10 @@ class _Run:
         args, kwargs = with_values((node.args, node.kwargs), given)
         check_call(node.target, node.args)
         target: Any = node.target
-        result = target(*args, **kwargs)
+        if target is custom_function:
+            result = _Custom.apply(self, node, len(args[0]), *args[0], *args[1])  # type: ignore[no-untyped-call]
+        else:
+            result = target(*args, **kwargs)
         if node in self.custom:
             refuse_backward(result, self.custom[node], self._line)
         if node in self.wanted:
@@ -282,6 +290,18 @@ class _Run:
                 new = self.value(one.edits[place])
         return None if new is arrived else new
 
+    def go_on(self, function: fx.Node, arrived_there: Sequence[torch.Tensor]) -> list[Any]:
+        """The gradients of the inputs of a ``custom_function``, for those of its results."""
+        known = self.passes[self.now].functions.get(function)
+        if known is None:
+            raise TraceError(
+                f"{self._line()}: a gradient would flow through a torch.autograd.Function of an edit "
+                f"({origin_of(function).user}), whose backward is not kept; write the function with plain operators "
+                "(x + (y - x).detach() has the value of y and the gradient of x)"
+            )
+        self.env.update(zip(known[0], arrived_there, strict=True))
+        return [None if node is None else self.value(node) for node in known[1]]
+
     def _backward(self, one: Pass) -> list[Any]:
         self.now = one.number
         losses = [self.value(n) for n in one.losses]
@@ -314,6 +334,9 @@ class _Run:
             )
 
     def _answer(self, one: Pass) -> None:
+        for function, (arrivals, _) in one.functions.items():
+            for place, result in zip(arrivals, self.env[function], strict=True):
+                self.env.setdefault(place, torch.zeros_like(result))
         for node, places in one.arrivals.items():
             for place in places:
                 if place not in self.env:
@@ -336,6 +359,24 @@ class _Run:
             shapes.conditions(),
             constants,
         )
+
+
+class _Custom(torch.autograd.Function):
+    """A function of the body's, in a run."""
+
+    @staticmethod
+    def forward(ctx: Any, run: _Run, node: fx.Node, count: int, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The results, computed already."""
+        ctx.run, ctx.node, ctx.count = run, node, count
+        return tuple(tensor.detach() for tensor in given[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        """What the body has written down."""
+        return (None, None, None, *(None,) * ctx.count, *ctx.run.go_on(ctx.node, gradients))
+
+
+_PASSES = {gradient: 1, arrived: 2}  # which of their arguments is the number of their pass
 
 
 def _no_path(place: fx.Node) -> TraceError:

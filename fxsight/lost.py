@@ -65,6 +65,7 @@ def _names(body: Body, asked: Intervention) -> set[str]:
     """Nodes whose values are written, saved or looked at."""
     used = {w.value for w in asked.writes} | {x for s in asked.saves for x in s.leaves if isinstance(x, str)}
     used |= {new for one in asked.backwards for _, new in one.edits}
+    used |= {x for one in asked.backwards for _, _, found in one.functions for x in found if x is not None}
     used |= {seed for one in asked.backwards for seed in one.seeds if seed is not None}
     return used | {name for _, name in asked.updates} | {node.name for node in body.seen}
 

@@ -154,6 +154,10 @@ class Recorder:
         """Any function on the numbers of values, now."""
         return self.body.apply(function, args, kwargs)
 
+    def returned(self, cell: Cell, is_kept: bool) -> Value:
+        """A value that autograd makes of one: kept for a backward, else a result that is an input."""
+        return self.value(cell) if is_kept else self.body.gradients.functions.returned(self.value(cell))
+
     def fake(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor without data, in memory of its own."""
         return self.body.fake(spec)
@@ -436,7 +440,7 @@ class Recorder:
         Raises: InputError when a tensor of the user's was changed after the body had used it.
         """
         undress(self._dressed)
-        self.body.gradients.check_answered()
+        self.body.gradients.finish()
         self.saved = [thaw(value) for value in self.saved]
 
     def asked(self, wanted: Iterable[Value], kept: Sequence[Save] = ()) -> Intervention:

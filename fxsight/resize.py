@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsight.gradient import gradient
+from fxsight.gradient import arrived, gradient
 from fxsight.mutate import mutate
 from fxsight.rules import Table, rule_for
 from fxsight.spec import TensorSpec
@@ -37,6 +37,8 @@ def resize(
             node.meta["spec"] = whole[node.args[1]] if isinstance(whole, tuple) else node.meta["spec"]
         elif node.target in (mutate, gradient):
             node.meta["spec"] = node.args[0].meta["spec"]
+        elif node.target is arrived:
+            node.meta["spec"] = node.args[0].meta["spec"][node.args[1]]
         else:
             leaves, tree = flatten((node.args, node.kwargs))
             specs = [_spec(leaf) for leaf in leaves]

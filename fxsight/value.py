@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -62,6 +62,10 @@ class Recording(Protocol):
 
     def value(self, cell: Cell) -> Value:
         """The value of a cell."""
+        ...
+
+    def returned(self, cell: Cell, is_kept: bool) -> Value:
+        """A value that autograd makes of one: kept for a backward, else a result that is an input."""
         ...
 
     def keep(self, value: Any) -> None:
@@ -149,6 +153,7 @@ class Cell:
     version: int = 0
     seen: int = 0
     handles: list[Any] = field(default_factory=list[Any])
+    is_still: bool = False  # made under ``torch.no_grad()``: no gradient flows through it
     is_rows: bool = False  # the rows of an invoke, of a value that the model has for the whole batch
     known_fake: torch.Tensor | None = None  # in memory of its own: what shares memory is said by ``base``
 
@@ -185,7 +190,12 @@ class Value(torch.Tensor):
     @staticmethod
     def shaped(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Value:
         """A value of which nothing else is known yet: a walk makes its cell when it is needed."""
-        return torch.Tensor._make_wrapper_subclass(Value, shape, strides=stride, dtype=dtype, device=device)
+        requires_grad = (
+            dtype.is_floating_point or dtype.is_complex
+        ) and torch.is_grad_enabled()  # see ``custom_calls``
+        return torch.Tensor._make_wrapper_subclass(
+            Value, shape, strides=stride, dtype=dtype, device=device, requires_grad=requires_grad
+        )
 
     @property
     def cell(self) -> Cell:
@@ -213,7 +223,12 @@ class Value(torch.Tensor):
         return _between(func, values, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Value:  # type: ignore[override]
+        """What autograd does below torch's functions to the results of a ``torch.autograd.Function``."""
+        if func in _OF_AUTOGRAD and type(args[0]) is Value:
+            leave_walks(args[:1])
+            cell = args[0].cell
+            return cell.recorder.returned(cell, func is torch.ops.aten.detach.default)
         raise TraceError(
             f"{func} was reached without being recorded: torch.vmap and the other transforms of torch.func do not see "
             "through values of a trace; write it without them, or as fxsight.apply(torch.vmap(f), value)"
@@ -303,6 +318,7 @@ def _is_known(func: Any) -> bool:
     return asked in _KNOWN
 
 
+_OF_AUTOGRAD = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.view.default)
 _KNOWN = frozenset(
     ["shape", "dtype", "device", "ndim", "layout", "size", "dim", "numel", "stride", "nelement", "__len__"]
 )

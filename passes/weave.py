@@ -19,7 +19,7 @@ from torch import fx
 from fxsight.editor import Editor
 from fxsight.effects import Cycle, mutated_storages, order, storages
 from fxsight.errors import CausalityError
-from fxsight.gradient import backward, gradient
+from fxsight.gradient import arrived, backward, gradient
 from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.node import Binding, Fixed, Origin, binding_of, origin_of
 from fxsight.passes.cancel_stack import cancel_stacks
@@ -95,8 +95,10 @@ def _inline(editor: Editor, asked: Intervention) -> dict[str, fx.Node]:
 def _backwards(editor: Editor, asked: Intervention, body: Mapping[str, fx.Node]) -> list[fx.Node]:
     """A node for each backward pass; gradients come after the losses they are of."""
     for node in body.values():
-        if node.target is gradient and 0 <= int(node.args[1]) < len(asked.backwards):  # type: ignore[arg-type]
-            node.args = (*node.args[:2], *(body[loss] for loss in asked.backwards[int(node.args[1])].losses))  # type: ignore[arg-type]
+        count = 2 if node.target is gradient else 3
+        if node.target in (gradient, arrived) and 0 <= int(node.args[count - 1]) < len(asked.backwards):  # type: ignore[arg-type]
+            losses: Any = asked.backwards[int(node.args[count - 1])].losses  # type: ignore[arg-type]
+            node.args = (*node.args[:count], *(body[loss] for loss in losses))
     learned = tuple(n for n in editor.graph.nodes if n.op == "placeholder" and str(binding_of(n)) in asked.learned)
     marked = tuple(body[name] for name in asked.marked)
     made: list[fx.Node] = []
@@ -104,9 +106,15 @@ def _backwards(editor: Editor, asked: Intervention, body: Mapping[str, fx.Node])
         losses, seeds = tuple(body[x] for x in one.losses), tuple(body[x] if x else None for x in one.seeds)
         edits = tuple((body[arrives], body[new]) for arrives, new in one.edits)
         leaves = None if one.leaves is None else tuple(body[x] for x in one.leaves)
-        args = (number, losses, seeds, edits, leaves, (one.retain, one.create, one.unused), learned, marked)
+        flags, functions = (one.retain, one.create, one.unused), tuple(_named(body, x) for x in one.functions)
+        args = (number, losses, seeds, edits, leaves, flags, learned, marked, functions)
         made.append(editor.call(backward, args, spec=None, name="backward", origin=Origin(user=one.line)))
     return made
+
+
+def _named(body: Mapping[str, fx.Node], names: Any) -> Any:
+    """Nodes by their names, in tuples."""
+    return tuple(_named(body, x) for x in names) if isinstance(names, tuple) else names and body[names]
 
 
 def _own(spec: Any, name: str) -> Any:
