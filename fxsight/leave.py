@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -13,17 +13,19 @@ from fxsight.book import Const, Leaf, Ref, SizeRef, Weight
 from fxsight.errors import TraceError
 from fxsight.intervention import Save
 from fxsight.node import Fixed
-from fxsight.past import is_past, pasts_in, restore
+from fxsight.past import pasts_in, restore
 from fxsight.program import Program
 from fxsight.sizes import bind_sizes
 from fxsight.spec import number, parse_dims
 from fxsight.tree import LEAF, Tree
 
+T = TypeVar("T")
+
 
 class Leaving:
     """Lets the caches among the arguments of a call be as a program says.
 
-    Where a cache keeps its shape, as from one decode step to the next, its new members are put into it and nothing
+    Where a cache keeps its shape, as from one decode step to the next, its new tensors are put into it and nothing
     else; otherwise it is made anew and taken over.
     """
 
@@ -31,29 +33,61 @@ class Leaving:
         after = program.book.after
         self._program = program
         self._has_counts = after is not None and any(isinstance(leaf, SizeRef) for leaf in after.leaves)
-        given = [tree for tree, _ in _caches(program.inputs, ())]
-        self._paths: list[tuple[int, tuple[Any, ...]]] | None = None
-        if after is not None and given == list(after.tree.children):
-            paths = [(i, path) for i, tree in enumerate(given) for path in tree.paths()]
-            self._paths = [path for path, leaf in zip(paths, after.leaves, strict=True) if isinstance(leaf, Ref)]
+        given = _caches(program.inputs, program.input_leaves)
+        self._put: Callable[[Any, Sequence[Any]], None] | None = None
+        if after is not None and not self._has_counts and [tree for tree, _ in given] == list(after.tree.children):
+            before = [leaf for _, leaves in given for leaf in leaves]
+            if all(_stays(a, b) for a, b in zip(before, after.leaves, strict=True)):
+                self._put = _putting(program.inputs, after.leaves)
 
     def __call__(self, call: Any, leaves: Sequence[Any], left: Sequence[torch.Tensor]) -> None:
         """leaves: of the call.  left: the tensors in the caches afterwards (``Book.left``)."""
-        pasts = list(pasts_in(call))
-        if self._paths is None or self._has_counts:
-            sizes = bind_sizes(self._program, leaves) if self._has_counts else {}
-            for past, now in zip(pasts, pasts_after(self._program, sizes, left), strict=True):
-                restore(past, now)
-            return
-        for (place, path), tensor in zip(self._paths, left, strict=True):
-            *way, last = path
-            at = pasts[place]
-            for key in way:
-                at = vars(at)[key] if is_past(at) else at[key]
-            if is_past(at):
-                vars(at)[last] = tensor
-            else:
-                at[last] = tensor
+        if self._put is not None:
+            return self._put(call, left)
+        sizes = bind_sizes(self._program, leaves) if self._has_counts else {}
+        for past, now in zip(pasts_in(call), pasts_after(self._program, sizes, left), strict=True):
+            restore(past, now)
+        return None
+
+
+def _stays(before: Any, after: Leaf) -> bool:
+    """Whether a leaf is a tensor, or what it was."""
+    if isinstance(after, Const):
+        return isinstance(before, Fixed) and before.value == after.value
+    return isinstance(after, Ref)
+
+
+def _putting(tree: Tree, after: Sequence[Leaf]) -> Callable[[Any, Sequence[Any]], None]:
+    """A function that puts tensors into the caches of a call of this shape.
+
+    def put(call, left):
+        m0 = call[1]['past_key_values'].__dict__['layers'][0].__dict__
+        m0['keys'] = left[0]
+    """
+    lines, members = ["def put(call, left):"], dict[str, str]()
+    tensors = [leaf for leaf in zip(_ways(tree, "call", False), after, strict=True) if isinstance(leaf[1], Ref)]
+    for place, ((owner, key), _) in enumerate(tensors):
+        if owner not in members:
+            members[owner] = f"m{len(members)}"
+            lines.append(f"    {members[owner]} = {owner}")
+        lines.append(f"    {members[owner]}[{key!r}] = left[{place}]")
+    made: dict[str, Any] = {}
+    exec(compile("\n".join([*lines, "    return None"]), "<leave>", "exec"), made)
+    put: Callable[[Any, Sequence[Any]], None] = made["put"]
+    return put
+
+
+def _ways(tree: Tree, name: str, is_inside: bool) -> Iterator[tuple[str, Any]]:
+    """How to come to each leaf of the caches in a value: the members that it is among, and its key in them."""
+    is_inside |= tree.kind == "object"
+    if not is_inside and tree.kind not in ("tuple", "list", "dict"):
+        return
+    owner = f"{name}.__dict__" if tree.kind == "object" else name
+    for key, child in zip(tree.keys, tree.children, strict=True):
+        if child.kind != "leaf":
+            yield from _ways(child, f"{owner}[{key!r}]", is_inside)
+        elif is_inside:
+            yield owner, key
 
 
 def pasts_after(program: Program, sizes: Mapping[str, int], left: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -131,11 +165,11 @@ class Returned:
         return Tree(tree.kind, tree.name, tree.keys, tuple(children))
 
 
-def _caches(tree: Tree, leaves: Sequence[Leaf]) -> list[tuple[Tree, list[Leaf]]]:
+def _caches(tree: Tree, leaves: Sequence[T]) -> list[tuple[Tree, list[T]]]:
     """Shape and leaves of each cache in plain containers."""
     if tree.kind == "object":
         return [(tree, list(leaves))]
-    found: list[tuple[Tree, list[Leaf]]] = []
+    found: list[tuple[Tree, list[T]]] = []
     for child in tree.children if tree.kind in ("tuple", "list", "dict") else ():
         found += _caches(child, leaves[: child.size])
         leaves = leaves[child.size :]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 _BASES = frozenset(["Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin", "DummyLayer"])
+_NO_PAST = frozenset([torch.Tensor, type(None), bool, int, float, str])
 _COUNTS = frozenset(["cumulative_length", "cumulative_length_int"])  # what grows from call to call
 
 
@@ -93,6 +94,8 @@ def pasts_in(value: Any) -> Iterator[Any]:
     waiting = [value]
     while waiting:
         at = waiting.pop(0)
+        if type(at) in _NO_PAST:
+            continue
         if isinstance(at, dict):
             waiting[:0] = at.values()
         elif isinstance(at, (tuple, list)):

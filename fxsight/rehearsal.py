@@ -40,6 +40,7 @@ class Known:
 
     marks: the names of the sizes on which the values at a port depend, as far as asked; shared by steps of a program.
     returned: how what the module returns is built; None for what comes after the last call.
+    like: an earlier step whose call has the same shape.
     """
 
     program: Program
@@ -48,11 +49,12 @@ class Known:
     kinds: tuple[Any, ...]
     marks: dict[tuple[Address, str], tuple[str, ...]]
     returned: Returned | None = None
+    like: Known | None = None
 
     @cached_property
     def access(self) -> Access:
         """Reads the leaves of a call of this shape."""
-        return Access(self.tree)
+        return Access(self.tree) if self.like is None else self.like.access
 
     def leaves(self, call: Call) -> list[Any] | None:
         """The leaves of a call; None where it is not as this step was rehearsed."""
@@ -73,12 +75,17 @@ def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], 
     steps: list[Known] = []
     marks: dict[int, dict[tuple[Address, str], tuple[str, ...]]] = {}
     builders: dict[int, Returned] = {}
+    shapes: dict[int, Known] = {}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         program, sizes = captures.find(args, kwargs)
         leaves, tree = flatten((args, kwargs))
         made = builders.setdefault(id(program), Returned(program))
-        steps.append(Known(program, sizes, tree, kinds_of(leaves), marks.setdefault(id(program), {}), made))
+        like = shapes.get(id(program))
+        like = like if like is not None and like.tree == tree else None
+        step = Known(program, sizes, tree, kinds_of(leaves), marks.setdefault(id(program), {}), made, like)
+        steps.append(step)
+        shapes[id(program)] = like or step
         return _answer(program, sizes, (args, kwargs), leaves, never, captures.weight)
 
     shown = captures.latest, captures.latest_sizes
