@@ -14,6 +14,7 @@ from fxsight.address import Address
 from fxsight.captures import Captures
 from fxsight.edit import Edit
 from fxsight.errors import EditError, nearest
+from fxsight.intervention import Intervention
 from fxsight.lower import Tier
 from fxsight.parameters import EditParameters
 from fxsight.program import Program
@@ -165,9 +166,15 @@ class PlainTrace(Tracer):
 
     base: Program
     constants: list[torch.Tensor]
+    asked: Intervention
 
     def finish(self) -> Executable:
         """The finished program; nothing is run."""
+        self.say()
+        return self.captures.executable(self.captured, self.asked, self.constants, self._tier(), self._sizes)
+
+    def say(self) -> Intervention:
+        """What is asked for, said and not finished."""
         if self._batch.calls:
             self._begin()
         else:
@@ -176,6 +183,6 @@ class PlainTrace(Tracer):
         recorder.keep(self.do_read(Address(""), "output"))
         recorder.finish()
         self.constants = recorder.constants
-        asked = recorder.asked([])
+        self.asked = recorder.asked([])
         recorder.phase = "done"
-        return self.captures.executable(self.captured, asked, self.constants, self._tier(), self._sizes)
+        return self.asked

@@ -244,7 +244,7 @@ class Model(View):
         call = self._call_of(args, kwargs)
         if call is None:
             raise TraceError("folding needs an example of the inputs, to compare: edited.fold_edits(x)")
-        folded = fold_into_weights(self._module, self.edits)
+        folded = fold_into_weights(self._captures, self.edits, call)
         check_folded(self._captures, self.edits, call, folded)
         return folded
 

@@ -50,6 +50,11 @@ def demand_pipeline(asked: Intervention, known: UseKnown | None = None, joint: J
     return Pipeline(Weave(asked), *before, SkipOverwritten(), DropUnused())
 
 
+def sources_pipeline(asked: Intervention) -> Pipeline:
+    """The same without what loses where values come from: for what asks which weights they are made of."""
+    return Pipeline(Weave(asked, keeps=True), DropUnused(), EraseBoundaries())
+
+
 def cell_pass(asked: Intervention) -> Pass:
     """The same up to where order begins to matter: for one cell of a sweep, whose program is then cut into parts."""
     return Together((Weave(asked), SkipOverwritten(), DropUnused(), EraseBoundaries()))
