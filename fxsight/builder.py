@@ -106,7 +106,8 @@ class Builder:
 
     def _placeholders(self, graph: fx.Graph) -> Iterator[tuple[fx.Node, Binding, str]]:
         nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-        paths = ["_".join(map(str, _argument_path(getattr(self.module, self.method), p))) for p in self.inputs.paths()]
+        called = operator.attrgetter(self.method)(self.module)
+        paths = ["_".join(map(str, _argument_path(called, p))) for p in self.inputs.paths()]
         inputs = (i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor) or type(leaf) is Count)
         for spec in self.exported.graph_signature.input_specs:
             node, target = nodes[spec.arg.name], str(spec.target or "").removeprefix("module.")

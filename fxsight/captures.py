@@ -95,7 +95,7 @@ class Captures:
         self._opened: dict[tuple[int, Address], tuple[Program, Program]] = {}
 
     def of(self, method: str) -> Captures:
-        """Those of another method of the module; kept in the same tables, under other keys."""
+        """Those of another method of the module, or of a part by its path; in the same tables, under other keys."""
         other = copy.copy(self)
         other.method, other.latest, other._found = method, None, {}
         return other

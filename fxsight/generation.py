@@ -21,6 +21,7 @@ from fxsight.containers import thaw
 from fxsight.context import enter_trace, here, leave_trace
 from fxsight.cursor import Cursor, Iterations, Steps
 from fxsight.edit import Edit
+from fxsight.encoder import BEFORE
 from fxsight.errors import TraceError
 from fxsight.first_call import first_call
 from fxsight.invoke import Invoker
@@ -100,7 +101,7 @@ class Generation:
 
     def first_call(self) -> Call | None:
         """The call of step 0; None where it would change what it is given: a cache of the user's."""
-        if next(pasts_in(self._prompts.call), None) is not None:
+        if next(pasts_in(self._prompts.call), None) is not None or self._encodes:
             return None
         if self._first is None:
             self._first = first_call(self.captures.module, self.method, self._prompts.call)
@@ -141,9 +142,21 @@ class Generation:
                 if series is not None:
                     wanted.setdefault(series[1], []).append(value)
         args, kwargs = self._prompts.call
-        returned = getattr(twin(self.captures.module, partial(self._forward, wanted)), self.method)(*args, **kwargs)
+        encode = partial(self._encode, wanted) if self._encodes else None
+        made = twin(self.captures.module, partial(self._forward, wanted), encode)
+        returned = getattr(made, self.method)(*args, **kwargs)
         self._finish(returned, wanted)
         return returned
+
+    @property
+    def _encodes(self) -> bool:
+        """Whether anything is said of the encoder."""
+        return BEFORE in self._steps or bool(self._edits_of(BEFORE))
+
+    def _encode(self, wanted: Mapping[int, Sequence[Value]], *args: Any, **kwargs: Any) -> Any:
+        if BEFORE not in self._steps:
+            self.step(BEFORE).close()
+        return self._steps[BEFORE].drive((args, kwargs), wanted.get(BEFORE, ()))
 
     def _forward(self, wanted: Mapping[int, Sequence[Value]], *args: Any, **kwargs: Any) -> Any:
         number, self._made = self._made, self._made + 1
@@ -185,20 +198,56 @@ class Generation:
         """
         found = self._steps.get(number)
         if found is None:
-            steps = self._all_known()
-            if number >= len(steps):
-                raise TraceError(
-                    f"step {number}: this generation has {self.count} steps at most, 0 to {self.count - 1}; ask for "
-                    "more with max_new_tokens"
-                )
-            found = self._steps[number] = Step(self, number, steps[number])
+            known, encoder = self._known_of(number), self._score.encoder
+            captures = encoder.captures if encoder is not None and number == BEFORE else self.captures
+            found = self._steps[number] = Step(self, number, known, captures, self._edits_of(number))
             if self._prompts.grows:
-                found.take_rows(self._prompts.rows_at(steps[number]))
+                found.take_rows(self._prompts.rows_at(known))
         return found
 
-    def _all_known(self) -> list[Known]:
-        result = self._score.result
-        return [*self._score.steps, *([result] if self._is_result and result else [])]
+    def meant(self, address: Address) -> Step:
+        """The step that is meant for a place: at step 0 there is the encoder, too, which runs before it.
+
+        Raises: TraceError as ``step``, and for a module that the encoder and the decoder call.
+        """
+        number = self.cursor.at(address.module)
+        if number == 0 and self._is_encoded(address):
+            number = BEFORE
+        elif number > 0:
+            self.check_repeats(address)
+        return self.step(number)
+
+    def _is_encoded(self, address: Address) -> bool:
+        encoder = self._score.encoder
+        return encoder is not None and encoder.is_meant(address, self._score.steps[0].program)
+
+    def check_repeats(self, address: Address) -> None:
+        """Raises: TraceError for a module of the encoder alone, which has no further steps."""
+        encoder = self._score.encoder
+        if encoder is not None and encoder.has(address) and encoder.is_alone(address, self._score.steps[0].program):
+            raise TraceError(
+                f"{address.place}: the encoder runs once, before step 0: read and write it outside the loop over steps"
+            )
+
+    def _known_of(self, number: int) -> Known:
+        score = self._score
+        if number == BEFORE and score.encoder is not None:
+            return score.encoder.known
+        known = [*score.steps, *([score.result] if self._is_result and score.result else [])]
+        if number >= len(known):
+            raise TraceError(
+                f"step {number}: this generation has {self.count} steps at most, 0 to {self.count - 1}; ask for "
+                "more with max_new_tokens"
+            )
+        return known[number]
+
+    def _edits_of(self, number: int) -> Sequence[Edit]:
+        """The edits of the model that are made at one step."""
+        encoder = self._score.encoder
+        own = [] if encoder is None else encoder.own(self.edits, self._score.steps[0].program)
+        if number == BEFORE:
+            return own
+        return [edit for edit in self.edits if edit not in own] if number < self.count else ()
 
     _is_result = False
 
@@ -371,7 +420,7 @@ class Generation:
             raise
         self._known, self._first = score, None
         for number, step in sorted(self._steps.items()):
-            step.grow(self._all_known()[number])
+            step.grow(self._known_of(number))
 
     def _take_rows(self) -> None:
         if self._prompts.grows:

@@ -77,8 +77,13 @@ class Look:
     def captured(self) -> Places | None:
         """The places of the program; None while nothing has been captured."""
         captures, trace = self.root._captures, self.trace
-        program: Program | None = captures.latest if trace is None else trace.captured
-        places: Places | None = None if program is None else captures.places(program)
+        if trace is not None:
+            return self._of_trace(trace)
+        latest: Program | None = captures.latest
+        return None if latest is None else captures.places(latest)
+
+    def _of_trace(self, trace: Tracer) -> Places:
+        places: Places = self.root._captures.places(trace.captured)
         return places
 
     def number(self, dim: Dim) -> Dim:
@@ -93,7 +98,7 @@ class Look:
 
         Raises: UnknownAddress, NotExecuted for operations; TraceError while nothing has been captured.
         """
-        places = self.captured
+        places = self.captured if self.trace is None else self._of_trace(self.trace.meant(address))
         if places is None:
             raise TraceError(f"{in_words(address)}: {NOTHING_CAPTURED}")
         try:

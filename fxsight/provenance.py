@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from operator import attrgetter
 from types import CodeType, FrameType
 from typing import Any
 
@@ -163,8 +164,11 @@ class Scribe:
     # -- modules -----------------------------------------------------------------------------------------------------
 
     def call_method(self, name: str, args: Any, kwargs: Any) -> Any:
-        """``root.name(*args, **kwargs)``, written down as the call of the root that the forward otherwise is."""
-        method = getattr(self.root, name)
+        """``root.name(*args, **kwargs)``, written down as the call of the root that the forward otherwise is.
+
+        name: of a method, or the path of a part of the root.
+        """
+        method = attrgetter(name)(self.root)
         args, kwargs = self._enter_module(self.root, args, kwargs, method)
         return self._leave_module(self.root, args, method(*args, **kwargs))
 

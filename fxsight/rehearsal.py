@@ -28,7 +28,7 @@ from fxsight.program import Program
 from fxsight.rows import Call
 from fxsight.spec import TensorSpec, number
 from fxsight.tree import Tree, flatten
-from fxsight.twin import twin
+from fxsight.twin import encoder_path, twin
 
 OBSERVERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 _NEVER = -1e9  # the logit of a token that would end the generation
@@ -62,8 +62,11 @@ class Known:
         return None if found is None or kinds_of(found) != self.kinds else found
 
 
-def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], tuple[int, int] | None, str]:
-    """The steps that ``module.method(*args, **kwargs)`` makes, at most; shape and device of the ids that it returns.
+def rehearse(
+    captures: Captures, method: str, call: Call
+) -> tuple[list[Known], tuple[int, int] | None, str, Call | None]:
+    """The steps that ``module.method(*args, **kwargs)`` makes, at most; shape and device of the ids that it returns;
+    and what it calls the encoder with, if it does.
 
     No shape where it returns more than ids.
 
@@ -76,6 +79,11 @@ def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], 
     marks: dict[int, dict[tuple[Address, str], tuple[str, ...]]] = {}
     builders: dict[int, Returned] = {}
     shapes: dict[int, Known] = {}
+    encoded: list[Call] = []
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        encoded.append((args, kwargs))
+        return captures.module.get_submodule(encoder_path(captures.module))(*args, **kwargs)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         program, sizes = captures.find(args, kwargs)
@@ -90,12 +98,12 @@ def rehearse(captures: Captures, method: str, call: Call) -> tuple[list[Known], 
 
     shown = captures.latest, captures.latest_sizes
     with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        returned = getattr(twin(captures.module, forward), method)(*args, **kwargs)
+        returned = getattr(twin(captures.module, forward, encode), method)(*args, **kwargs)
     if shown[0] is not None:  # what browsing and edits look at is what was looked at before
         captures.latest, captures.latest_sizes = shown
     if not isinstance(returned, torch.Tensor):
-        return steps, None, ""
-    return steps, (returned.shape[0], returned.shape[1]), str(returned.device)
+        return steps, None, "", next(iter(encoded), None)
+    return steps, (returned.shape[0], returned.shape[1]), str(returned.device), next(iter(encoded), None)
 
 
 def kinds_of(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fxsight.captures import Captures
+from fxsight.encoder import Encoder
 from fxsight.ids import result_of
 from fxsight.rehearsal import Known, kinds_of, rehearse
 from fxsight.rows import Call
@@ -23,11 +24,13 @@ KEPT = 64
 class Score:
     """The steps of one generation, and the ways that bodies have gone in them.
 
-    result: of the ids that it returns; None where it returns more.  held: what the key names by identity.
+    result: of the ids that it returns; None where it returns more.  encoder: None where none is called.
+    held: what the key names by identity.
     """
 
     steps: list[Known]
     result: Known | None
+    encoder: Encoder | None
     watch: Watch
     held: Any
     roots: dict[Any, Way] = field(default_factory=dict[Any, Way])
@@ -62,9 +65,10 @@ class Repertoire:
         return found
 
 
-def _rehearsed(captures: Captures, method: str, call: Call) -> tuple[list[Known], Known | None]:
-    steps, shape, device = rehearse(captures, method, call)
-    return steps, None if shape is None else result_of(*shape, device)
+def _rehearsed(captures: Captures, method: str, call: Call) -> tuple[list[Known], Known | None, Encoder | None]:
+    steps, shape, device, encoded = rehearse(captures, method, call)
+    result = None if shape is None else result_of(*shape, device)
+    return steps, result, None if encoded is None else Encoder(captures, encoded)
 
 
 def _mark(leaf: Any) -> Any:

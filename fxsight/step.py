@@ -16,6 +16,7 @@ from fxsight.book import SizeRef
 from fxsight.captures import Captures
 from fxsight.cursor import Cursor
 from fxsight.edit import Edit
+from fxsight.encoder import BEFORE
 from fxsight.errors import CausalityError, FirstCallWarning, NeedsValueError, NotExecuted, TraceError, UnknownAddress
 from fxsight.inputs import PLAIN
 from fxsight.invoke import Batch
@@ -44,10 +45,13 @@ class Around(Protocol):
     captures: Captures
     cursor: Cursor
     backend: Backend
-    edits: Sequence[Edit]
 
     def step(self, number: int) -> Step:
         """One of its steps."""
+        ...
+
+    def meant(self, address: Address) -> Step:
+        """The step that is meant for a place."""
         ...
 
     @property
@@ -63,6 +67,10 @@ class Around(Protocol):
         """The call of step 0 with its real inputs; None where it cannot be known before it is made."""
         ...
 
+    def check_repeats(self, address: Address) -> None:
+        """Raises: TraceError for a module that has no further steps."""
+        ...
+
     def root(self, known: Known, line: str) -> Way:
         """Where bodies begin that begin at a line, over a program."""
         ...
@@ -75,13 +83,13 @@ class Around(Protocol):
 class Step(Tracer):
     """Step ``number`` of a generation, of which the program and the sizes are known before it runs.
 
-    known: the same for all generations of this kind.
+    known: the same for all generations of this kind.  captures: of what is called.  edits: of the model, made in it.
     """
 
-    def __init__(self, around: Around, number: int, known: Known) -> None:
-        super().__init__(
-            around.captures, None, around.backend, PLAIN, around.edits if known.returned is not None else ()
-        )
+    def __init__(
+        self, around: Around, number: int, known: Known, captures: Captures, edits: Sequence[Edit] = ()
+    ) -> None:
+        super().__init__(captures, None, around.backend, PLAIN, edits)
         self._around, self.number, self._step = around, number, known
         self._is_replaying = False
         self._closed = False
@@ -99,12 +107,25 @@ class Step(Tracer):
     def read(self, address: Address, port: str) -> Any:
         """As in a trace; of the step that is meant for this module."""
         self._around.touch()
-        return Tracer.read(self._around.step(self._around.cursor.at(address.module)), address, port)
+        return Tracer.read(self.meant(address), address, port)
 
     def write(self, address: Address, port: str, value: Any) -> None:
         """As in a trace; in the step that is meant for this module."""
         self._around.touch()
-        Tracer.write(self._around.step(self._around.cursor.at(address.module)), address, port, value)
+        Tracer.write(self.meant(address), address, port, value)
+
+    def skip(self, address: Address, value: Any) -> None:
+        """As in a trace; in the step that is meant for this module."""
+        Tracer.skip(self._around.meant(address), address, value)
+
+    def meant(self, address: Address) -> Step:
+        """The step of this generation that is meant for a place."""
+        return self._around.meant(address)
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return "the encoder" if self.number == BEFORE else f"step {self.number}"
 
     def to_next(self, path: str) -> None:
         """From here on the next step is meant for a module."""
@@ -159,7 +180,7 @@ class Step(Tracer):
             super()._check_foreign(value, address)
         elif series[1] > self.number:
             raise CausalityError(
-                f"{user_line()}: {address} at step {self.number} is written {value.cell.what} of step {series[1]}, "
+                f"{user_line()}: {address} at {self.title} is written {value.cell.what} of step {series[1]}, "
                 f"which comes later; generate once and keep it, and write it in a second generation"
             )
 
@@ -191,7 +212,7 @@ class Step(Tracer):
         call = None if self.number else self._around.first_call()
         if call is None or self._step.leaves(call) is None:
             raise NeedsValueError(
-                f"{user_line()}: a number of step {self.number} is needed, and it has not been generated yet; use "
+                f"{user_line()}: a number of {self.title} is needed, and it has not been generated yet; use "
                 "torch.where, a condition on the step, or look at it after the block"
             )
         self._batch = Batch([call], False, PLAIN)
@@ -227,7 +248,7 @@ class Step(Tracer):
         for node, dims in looked.items():
             if _sizes(node, dims) != before[node]:
                 raise TraceError(
-                    f"{origin_of(node).user}: the body has looked at a shape of step {self.number}, {before[node]}, "
+                    f"{origin_of(node).user}: the body has looked at a shape of {self.title}, {before[node]}, "
                     f"which is {_sizes(node, dims)} with the prompts of this invoke; write the invoke of the longest "
                     "prompt first, or look at one dimension alone, h.size(-1)"
                 )
@@ -235,7 +256,7 @@ class Step(Tracer):
             now = value.cell.node.meta["spec"].shape if isinstance(value, Value) else spec.shape
             if tuple(now) != tuple(spec.shape) and isinstance(value, Value):
                 raise TraceError(
-                    f"{value.cell.what} of an earlier step is used at step {self.number}, and with the prompts of this "
+                    f"{value.cell.what} of an earlier step is used at {self.title}, and with the prompts of this "
                     f"invoke its shape is {list(now)}, not {list(spec.shape)}; write the invoke of the longest prompt "
                     "first"
                 )
@@ -323,12 +344,12 @@ class Step(Tracer):
         self._finished = None
         recorder = self._written
         if self._known:
-            raise TraceError(f"step {self.number} has other inputs than those of which its body has seen numbers")
+            raise TraceError(f"{self.title} has other inputs than those of which its body has seen numbers")
         if recorder.body.looked:
             others = [name for name in self._sizes if sizes.get(name) != self._sizes[name]]
             changed = ", ".join(f"{name} = {sizes.get(name)}, not {self._sizes[name]}" for name in others)
             raise TraceError(
-                f"step {self.number} of this generation has other sizes than it was written for ({changed}), and its "
+                f"{self.title} of this generation has other sizes than it was written for ({changed}), and its "
                 "body depends on them"
             )
         if program is not self._captured:

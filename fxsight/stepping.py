@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fxsight.address import Address
 from fxsight.edit import Edit
 from fxsight.editing import EditTrace
 from fxsight.inputs import PLAIN
+from fxsight.place import Place
 from fxsight.record import Recorder
 from fxsight.rehearsal import Known
 from fxsight.step import Around
@@ -27,6 +29,14 @@ class StepEdit(EditTrace):
         self._sizes = known.sizes
         self._walk = Walk(self, Way(), self.captures.weight_names())
         self._walk.leave()
+
+    def place(self, address: Address) -> Place:
+        """As in a trace.
+
+        Raises: TraceError for the encoder, which has one step.
+        """
+        self._around.check_repeats(address)
+        return super().place(address)
 
     def begin_recorder(self) -> Recorder:
         """The recorder, which saves nothing."""

@@ -410,6 +410,10 @@ class Tracer(Running):
 
     # -- what views ask ----------------------------------------------------------------------------------------------
 
+    def meant(self, address: Address) -> Tracer:
+        """Where reads and writes of a place go: the trace itself, or a step of a generation."""
+        return self
+
     def place(self, address: Address) -> Place:
         """The place of an address in this trace's program; what is fused above it is opened first.
 
@@ -443,7 +447,7 @@ class Tracer(Running):
         """
         asked = Address.parse(address) if isinstance(address, str) else address
         own = replace(asked, module=self.captures.shared.aliases.resolve(asked.module))
-        return At(self, self.place(own).address)
+        return At(self, self.meant(own).place(own).address)
 
     def read(self, address: Address, port: str) -> Any:
         """The value at a port of a place: values, in the structure that the model has there.

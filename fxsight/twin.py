@@ -22,10 +22,11 @@ _HOOKS = (
 )
 
 
-def twin(module: nn.Module, forward: Callable[..., Any]) -> Any:
+def twin(module: nn.Module, forward: Callable[..., Any], encode: Callable[..., Any] | None = None) -> Any:
     """A module of a class that derives from the module's, all of whose attributes are the module's own.
 
     forward: called instead of the module's forward, with the same arguments; it may call the module, hooks and all.
+    encode: called so instead of the module's encoder, where its methods ask for that; None for the encoder itself.
     """
     original = type(module)
 
@@ -39,4 +40,15 @@ def twin(module: nn.Module, forward: Callable[..., Any]) -> Any:
     vars(made).update(vars(module))
     vars(made).update({name: OrderedDict() for name in _HOOKS if name in vars(module)})  # those of the module run in it
     vars(made).pop("forward", None)  # one that was set on the module
+    if encode is not None and encoder_path(module):
+        encoder = twin(module.get_submodule(encoder_path(module)), encode)
+        vars(made)["get_encoder"] = lambda *kind, **kinds: encoder
     return made
+
+
+def encoder_path(module: Any) -> str:
+    """The path of the encoder that a module's ``generate`` calls before its steps; empty where it has none."""
+    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return ""
+    encoder = module.get_encoder()
+    return next((path for path, part in module.named_modules() if part is encoder), "")

@@ -131,7 +131,7 @@ class View:
 
     def _is_called(self, trace: Any) -> bool:
         """Whether the forward that is traced calls the module."""
-        return (self._path, 0) in trace.captured.book.modules
+        return (self._path, 0) in trace.meant(self._address).captured.book.modules
 
     def _read(self, port: str) -> Any:
         captures = self._root._captures

@@ -5,29 +5,23 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LogitsProcessorList, StoppingCriteria
+from transformers import LogitsProcessorList, StoppingCriteria
 
 import fxsight
 from fxsight import LanguageModel
 from fxsight.errors import CausalityError, FirstCallWarning, NeedsValueError, NotSavedError, TraceError
-
-IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
-GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+from tests.generating import GREEDY, IDS, gpt2, hf, hooked, keep
 
 
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 97, "n_positions": 64}
-    made: nn.Module = AutoModelForCausalLM.from_config(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).eval()
-    return made
+    return gpt2()
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +29,8 @@ def model(module: nn.Module) -> LanguageModel:
     return LanguageModel(module)
 
 
-@contextmanager
-def hooked(module: nn.Module, path: str, change: Callable[[int, torch.Tensor], Any]) -> Iterator[list[torch.Tensor]]:
-    """While open, the output of a submodule at each call is changed; the outputs are kept."""
-    seen: list[torch.Tensor] = []
-
-    def hook(_: Any, __: Any, output: torch.Tensor) -> Any:
-        changed = change(len(seen), output)
-        seen.append((output if changed is None else changed).clone())
-        return changed
-
-    handle = module.get_submodule(path).register_forward_hook(hook)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def hf(module: Any, **kwargs: Any) -> torch.Tensor:
-    """What transformers generates."""
-    found: torch.Tensor = module.generate(IDS, **{**GREEDY, **kwargs})
-    return found
-
-
 def test_reads_of_all_steps(model: Any, module: Any) -> None:
-    with hooked(module, "lm_head", lambda *_: None) as expected:
+    with hooked(module, "lm_head", keep) as expected:
         ids = hf(module)
     for _ in range(2):  # recorded, and remembered
         logits: list[Any] = []
@@ -76,7 +47,7 @@ def test_an_edit_at_every_step(model: Any, module: Any) -> None:
     vector = torch.linspace(-3, 3, 32)
     with (
         hooked(module, "transformer.h.0", lambda step, h: h + vector * (step + 1)),
-        hooked(module, "lm_head", lambda *_: None) as expected,
+        hooked(module, "lm_head", keep) as expected,
     ):
         ids = hf(module)
     logits: list[Any] = []
@@ -127,7 +98,7 @@ def test_edits_behind_with(model: Any, module: Any) -> None:
 
 
 def test_next(model: Any, module: Any) -> None:
-    with hooked(module, "lm_head", lambda *_: None) as expected:
+    with hooked(module, "lm_head", keep) as expected:
         hf(module)
     with model.generate(IDS, **GREEDY) as tracer:
         first = model.lm_head.output.save()
@@ -173,7 +144,7 @@ def test_values_of_a_step_are_used_in_a_later_one(model: Any, module: Any) -> No
 
 
 def test_what_follows_a_loop_and_uses_its_values(model: Any, module: Any) -> None:
-    with hooked(module, "lm_head", lambda *_: None) as expected:
+    with hooked(module, "lm_head", keep) as expected:
         ids = hf(module)
     logits: list[Any] = []
     with model.generate(IDS, **GREEDY) as tracer:

@@ -2,68 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, T5Config, T5ForConditionalGeneration
 
 import fxsight
 from fxsight import LanguageModel
 from fxsight.errors import TraceError
+from tests.generating import GREEDY, gpt2, hooked, keep, llama, t5
 
 ONE, TWO = [5, 6, 7, 8], [[9, 8, 7, 6], [3, 2, 4, 1]]
 LONG = [[11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]]
-GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-
-
-def _gpt2() -> nn.Module:
-    sizes: dict[str, Any] = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 97, "n_positions": 64}
-    made: nn.Module = AutoModelForCausalLM.from_config(GPT2Config(**sizes, bos_token_id=0, eos_token_id=96)).eval()
-    return made
-
-
-def _llama() -> nn.Module:
-    sizes: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 97}
-    config = LlamaConfig(**sizes, intermediate_size=48, bos_token_id=0, eos_token_id=96)
-    made: nn.Module = AutoModelForCausalLM.from_config(config).eval()
-    return made
 
 
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
-    torch.manual_seed(0)
-    return _gpt2()
+    return gpt2()
 
 
 @pytest.fixture(scope="module")
 def model(module: nn.Module) -> LanguageModel:
     return LanguageModel(module)
-
-
-@contextmanager
-def hooked(module: nn.Module, path: str, change: Callable[[int, torch.Tensor], Any]) -> Iterator[list[torch.Tensor]]:
-    """While open, the output of a submodule at each call is changed in place; the outputs are kept."""
-    seen: list[torch.Tensor] = []
-
-    def hook(_: Any, __: Any, output: torch.Tensor) -> Any:
-        output = output.clone()
-        change(len(seen), output)
-        seen.append(output.clone())
-        return output
-
-    handle = module.get_submodule(path).register_forward_hook(hook)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def keep(step: int, output: torch.Tensor) -> None:
-    """Changes nothing."""
 
 
 def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -98,9 +60,8 @@ def test_each_invoke_has_its_rows_at_each_step(model: Any, module: Any) -> None:
         assert all(torch.equal(a, b[1:]) for a, b in zip(second, expected[1:3], strict=True))
 
 
-@pytest.mark.parametrize("make", [_gpt2, _llama])
+@pytest.mark.parametrize("make", [gpt2, llama])
 def test_edits_of_rows_with_prompts_of_several_lengths(make: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(1)
     module: Any = make()
     path = "transformer.h.0" if hasattr(module, "transformer") else "model.layers.0"
     vector = torch.linspace(-3, 3, 32)
@@ -220,11 +181,13 @@ def test_several_sequences_for_each_prompt(model: Any, module: Any) -> None:
     assert torch.equal(out, ids) and torch.equal(own, ids[:2]) and torch.equal(block, expected[0][:2])
 
 
+def _triple(step: int, output: Any) -> None:
+    (output[0] if isinstance(output, tuple) else output)[1:] *= 3
+
+
 def test_an_encoder_decoder() -> None:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 32, "vocab_size": 61}
-    module: Any = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, eos_token_id=60)).eval()
-    with hooked(module, "decoder.block.0.layer.2", lambda step, h: h[1:].mul_(3)):
+    module: Any = t5()
+    with hooked(module, "decoder.block.0.layer.2", _triple):
         ids = module.generate(torch.tensor([ONE, *TWO]), **GREEDY)
     model: Any = LanguageModel(module)
     with model.generate(**GREEDY) as tracer:

@@ -7,21 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config
+from transformers import DynamicCache
 
 from fxsight import LanguageModel
 from fxsight.errors import NeedsValueError
-
-IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
-GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+from tests.generating import GREEDY, IDS, gpt2, hf, hooked, keep
 
 
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 97, "n_positions": 64}
-    made: nn.Module = AutoModelForCausalLM.from_config(GPT2Config(**sizes, bos_token_id=0, eos_token_id=96)).eval()
-    return made
+    return gpt2()
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +24,16 @@ def model(module: nn.Module) -> LanguageModel:
     return LanguageModel(module)
 
 
-def hooked(module: Any, change: Any, **options: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def changed(module: Any, change: Any, **options: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The ids, and the outputs of block 0 before ``change(step, output)`` has changed them."""
-    seen: list[torch.Tensor] = []
-
-    def hook(_: Any, __: Any, output: torch.Tensor) -> Any:
-        seen.append(output.clone())
-        return change(len(seen) - 1, output.clone())
-
-    handle = module.transformer.h[0].register_forward_hook(hook)
-    try:
-        return module.generate(IDS, **{**GREEDY, **options}), seen
-    finally:
-        handle.remove()
+    with hooked(module, "transformer.h.0", keep) as seen, hooked(module, "transformer.h.0", change):
+        return hf(module, **options), seen
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"do_sample": True, "top_k": 20}])
 def test_a_condition_on_a_number_of_the_prompt(model: Any, module: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(3)
-    ids, seen = hooked(module, lambda step, h: h * (2 if step else -1), **options)
+    ids, seen = changed(module, lambda step, h: h * (2 if step else -1), **options)
     for _ in range(2):
         torch.manual_seed(3)
         with model.generate(IDS, **{**GREEDY, **options}) as tracer:
@@ -62,7 +48,7 @@ def test_a_condition_on_a_number_of_the_prompt(model: Any, module: Any, options:
 
 
 def test_a_number_after_an_edit_and_a_branch_not_taken(model: Any, module: Any) -> None:
-    ids, seen = hooked(module, lambda step, h: h + 1 if step == 0 else None)
+    ids, seen = changed(module, lambda step, h: h + 1 if step == 0 else None)
     with model.generate(IDS, **GREEDY) as tracer:
         for _ in tracer.iter[0]:
             model.transformer.h[0].output += 1
@@ -81,11 +67,11 @@ def test_it_is_computed_once(model: Any, module: Any) -> None:
         model.transformer.h[0].output.save()
         step = tracer.step(0)
         tracer.result.save()
-    assert "known_" in str(step.program) and torch.equal(tracer.result, hooked(module, lambda step, h: None)[0])
+    assert "known_" in str(step.program) and torch.equal(tracer.result, changed(module, lambda step, h: None)[0])
 
 
 def test_numbers_in_an_invoke(model: Any, module: Any) -> None:
-    ids, seen = hooked(module, lambda step, h: torch.cat([h[:1] * 2, h[1:]]))
+    ids, seen = changed(module, lambda step, h: torch.cat([h[:1] * 2, h[1:]]))
     with model.generate(**GREEDY) as tracer:
         with tracer.invoke(IDS[:1]):
             h = model.transformer.h[0].output
