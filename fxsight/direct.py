@@ -45,6 +45,15 @@ _OTHER_NAME: Mapping[Any, Callable[..., Any]] = {
 }
 
 
+# The binding takes what comes after these by name alone.
+_POSITIONS = {aten.to.dtype: 4}
+
+
+def direct(target: Any, arguments: int) -> Callable[..., Any] | None:
+    """The binding of an operator that is called with so many arguments by position; None where it has none."""
+    return direct_calls().get(target) if arguments <= _POSITIONS.get(target, arguments) else None
+
+
 @cache
 def direct_calls() -> Mapping[Any, Callable[..., Any]]:
     """The binding of each operator that has one."""

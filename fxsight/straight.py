@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsight.direct import direct_calls
+from fxsight.direct import direct
 
 _LITERALS = (bool, int, str, type(None))
 
@@ -66,7 +66,7 @@ class _Writer:
                 yield f"    del {', '.join(ends[node])}"
 
     def _call(self, node: fx.Node) -> str:
-        found = direct_calls().get(node.target)
+        found = direct(node.target, len(node.args))
         items = "()" if found is not None else "[]"
         arguments = [self._term(x, items) for x in node.args]
         arguments += [f"{key}={self._term(x, items)}" for key, x in node.kwargs.items()]

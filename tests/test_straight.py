@@ -138,6 +138,20 @@ def test_a_binding_runs_its_operator_and_no_other(operator: Any) -> None:
 
 
 @pytest.mark.parametrize("operator", list(direct_calls()), ids=str)
+def test_every_position_is_taken(operator: Any) -> None:
+    """An operator called with all its arguments by position, as passes and captures may call it."""
+    args, kwargs = EXAMPLES[operator][0]
+    places = [a for a in operator._schema.arguments if not a.kwarg_only]
+    full = [*args, *(a.default_value for a in places[len(args) :])]
+    rest = {name: value for name, value in kwargs.items() if name not in [a.name for a in places]}
+    graph = fx.Graph()
+    graph.output((graph.call_function(operator, tuple(full), rest),))
+    (found,) = straight(graph)()
+    for a, b in zip(_leaves(found), _leaves(operator(*full, **rest)), strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("operator", list(direct_calls()), ids=str)
 def test_gradients_come_from_the_same_formula(operator: Any) -> None:
     for args, kwargs in EXAMPLES[operator]:
         names = []
