@@ -8,7 +8,7 @@ every size that its operations hold for, and its tensors can be replaced without
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,7 +39,8 @@ class Edit:
     asked: its reads, operations and writes; no saves.  tensors: its constants by number, the user's own tensors, which
     are bound at each run.  names: of these tensors.  skipped: calls that do not run, with the lines that say so.
     looked: nodes whose sizes the body has looked at, with these sizes (None for those not looked at).
-    line: where it was written.
+    line: where it was written.  versions: of one from a file, the libraries it was written with, where these differ
+    from those that are here: for messages.
     """
 
     asked: Intervention
@@ -48,6 +49,7 @@ class Edit:
     skipped: tuple[tuple[Address, str], ...] = ()
     looked: Looked = ()
     line: str = ""
+    versions: str = ""
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -77,15 +79,18 @@ class Edit:
 Find = Callable[[Address], tuple[Place, Sequence[Location | None]]]
 
 
-def replay(edit: Edit, recorder: Recorder, find: Find) -> None:
+def replay(edit: Edit, recorder: Recorder, find: Find, others: Sequence[Edit] = ()) -> None:
     """Write the statements of an edit down in a trace.
 
-    find: the place of an address and the locations at its port.
+    find: the place of an address and the locations at its port.  others: edits of the same forward, for messages.
 
-    Raises: EditError naming every address or weight that this forward does not have, or a size that differs from one
-    that the body looked at, or what torch says of these shapes; WriteError, CausalityError.
+    Raises: EditError naming every address or weight that this forward does not have, of the other edits, too, or a size
+    that differs from one that the body looked at, or what torch says of these shapes; WriteError, CausalityError.
     """
-    locations = _locate(edit, recorder, find)
+    locations, missing = _locate(edit, recorder, find)
+    if missing:
+        after = [other for other in others if other is not edit]
+        raise _missing([(edit, missing), *((other, _locate(other, recorder, find)[1]) for other in after)])
     line = recorder.line
     try:
         _Replay(edit, recorder, locations).run()
@@ -93,8 +98,18 @@ def replay(edit: Edit, recorder: Recorder, find: Find) -> None:
         recorder.line = line
 
 
-def _locate(edit: Edit, recorder: Recorder, find: Find) -> Mapping[Address, Location]:
-    """The locations of an edit's addresses in this program."""
+def _missing(found: Sequence[tuple[Edit, Iterable[str]]]) -> EditError:
+    """The error that names all that a forward does not have."""
+    texts = [
+        f"{edit.title} cannot be made in this forward:" + "".join(f"\n  {text}" for text in missing)
+        for edit, missing in found
+        if missing
+    ]
+    return EditError("\n".join([*texts, *dict.fromkeys(edit.versions for edit, _ in found if edit.versions)]))
+
+
+def _locate(edit: Edit, recorder: Recorder, find: Find) -> tuple[Mapping[Address, Location], Sequence[str]]:
+    """The locations of an edit's addresses in this program, and what is missing."""
     asked, found, missing = edit.asked, dict[Address, Location](), dict[str, None]()
     named = [r.location.address for r in asked.reads] + [w.location.address for w in asked.writes]
     for address in dict.fromkeys(named):
@@ -109,10 +124,7 @@ def _locate(edit: Edit, recorder: Recorder, find: Find) -> Mapping[Address, Loca
             recorder.lookup(name)
         except InputError as error:
             missing[str(error)] = None
-    if missing:
-        listed = "".join(f"\n  {text}" for text in missing)
-        raise EditError(f"{edit.title} cannot be made in this forward:{listed}")
-    return found
+    return found, list(missing)
 
 
 class _Replay:

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,25 @@ def read_edits(path: str | Path) -> list[Edit]:
     path = _json_path(path)
     try:
         content = _content(path.read_bytes())
-        return edits_of(content["edits"], _tensors(path, content["tensors"]))
+        versions = _versions(content["made_by"])
+        try:
+            edits = edits_of(content["edits"], _tensors(path, content["tensors"]))
+        except EditFileError as error:
+            raise EditFileError(f"{error}\n{versions}" if versions else str(error)) from None
+        return [replace(edit, versions=versions) for edit in edits]
     except EditFileError as error:
         raise EditFileError(f"{path}: {error}") from None
+
+
+def _versions(made_by: Any) -> str:
+    """The libraries that a file was written with, where they differ from those that are here; for messages."""
+    here = library_versions()
+    known = made_by if isinstance(made_by, dict) else {}
+    then = {name: str(known.get(name, ""))[:40] for name in ("torch", "transformers")}
+    if not any(then[name] and here[name] and then[name] != here[name] for name in then):
+        return ""
+    texts = [" and ".join(f"{name} {each[name]}" for name in then if each[name]) for each in (then, here)]
+    return f"the file was written with {texts[0]}; here is {texts[1]}"
 
 
 def _content(data: bytes) -> dict[str, Any]:

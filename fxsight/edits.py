@@ -70,8 +70,9 @@ class Edits(Sequence[Edit]):
         edits = list(edits)
         check_places(edits, module)
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        for edit in edits:
-            self.add(replace(edit, tensors=tuple(t.to(device) for t in edit.tensors)))
+        moved = [replace(edit, tensors=tuple(t.to(device) for t in edit.tensors)) for edit in edits]
+        for edit in moved:
+            self.add(edit)
 
     def clear(self) -> None:
         """None from here on."""
@@ -119,7 +120,7 @@ def check_places(edits: Iterable[Edit], module: nn.Module) -> None:
     modules = {name for name, _ in module.named_modules(remove_duplicate=False)}
     weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     weights |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    missing: dict[str, None] = {}
+    edits, missing = list(edits), dict[str, None]()
     for edit in edits:
         asked = edit.asked
         for address in [r.location.address for r in asked.reads] + [w.location.address for w in asked.writes]:
@@ -130,6 +131,7 @@ def check_places(edits: Iterable[Edit], module: nn.Module) -> None:
                 missing[f"the weight {name}: {nearest(name, weights) or 'attach its module before'}"] = None
     if missing:
         listed = "".join(f"\n  {text}" for text in missing)
+        listed += "".join(f"\n{text}" for text in dict.fromkeys(edit.versions for edit in edits) if text)
         raise EditError(f"{type(module).__name__} does not have what these edits name:{listed}")
 
 

@@ -216,7 +216,7 @@ class Tracer(Running):
 
     def do_edit(self, edit: Edit) -> None:
         """All statements of an edit, written down."""
-        replay(edit, self._written, self.find)
+        replay(edit, self._written, self.find, self.edits)
         self._skipped += [(address, None, line) for address, line in edit.skipped]
 
     def find(self, address: Address) -> tuple[Place, Sequence[Location | None]]:
