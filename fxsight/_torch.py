@@ -233,12 +233,15 @@ def compile_graph(module: torch.fx.GraphModule, example: list[Any]) -> Callable[
     Random operators stay torch's own.
 
     Reason: ``torch.compile`` would capture the graph a second time with Dynamo and guard every call; this is the entry
-    point below it (2.8+). Nothing is imported from Inductor before the first call.
+    point below it (2.8+; ``aot`` 2.10+). Nothing is imported from Inductor before the first call. What ``aot`` makes is
+    whole in itself; without, it is an entry of a cache, and read back as any entry of its name, whatever its guards.
     """
     from torch._inductor import standalone_compile
 
     options = {"config_patches": {"fallback_random": True}}
-    compiled: Callable[..., Any] = standalone_compile(module, example, dynamic_shapes="from_graph", options=options)
+    compiled: Callable[..., Any] = standalone_compile(
+        module, example, dynamic_shapes="from_graph", options=options, aot=True
+    )
     return compiled
 
 

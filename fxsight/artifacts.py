@@ -10,6 +10,7 @@ these is code, as everything in a compiler's cache is: who can write the folder 
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import platform
@@ -29,9 +30,9 @@ from fxsight.effects import is_random
 from fxsight.fakes import Fakes, propagate
 from fxsight.folder import Folder, cache_folder, digest, remove
 from fxsight.identity import library_versions
-from fxsight.spec import Spec, TensorSpec
+from fxsight.spec import Spec, TensorSpec, parse_expr
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 256  # artifacts in memory
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -41,10 +42,12 @@ class Artifact:
     """A compiled region.
 
     call: of the sizes, then the inputs; returns the results.  results: their specs, in canonical names.
+    guards: the conditions on sizes under which it holds.
     """
 
     call: Callable[..., Sequence[Any]]
     results: tuple[Spec, ...]
+    guards: tuple[Any, ...] = ()
 
 
 class Artifacts:
@@ -83,24 +86,25 @@ class Artifacts:
         return found
 
     def _compile(self, region: Canonical) -> Artifact:
-        module, example, results = traced(region)
+        module, example, results, fakes = traced(region)
         has_tensors = any(isinstance(spec, TensorSpec) for spec in results)
         if not has_tensors or any(map(is_random, region.graph.nodes)):
             # Sizes, or a buffer's update: nothing to fuse. Random numbers: Inductor keeps no order among draws.
-            return Artifact(module.forward, results)
-        compiled = self._compiler(module, example)
+            return Artifact(module.forward, results, fakes.guards())
+        found = Artifact(self._compiler(module, example), results, fakes.guards())
         self.made += 1
         if self._files is not None:
-            self._keep(self._files, region, compiled, results)
-        return Artifact(compiled, results)
+            self._keep(self._files, region, found)
+        return found
 
-    def _keep(self, files: Folder, region: Canonical, compiled: Any, results: Sequence[Spec]) -> None:
+    def _keep(self, files: Folder, region: Canonical, made: Artifact) -> None:
         """Write a file; nothing, without a word, of what torch cannot write."""
-        header = {**_identity(region), "results": [write_spec(spec) for spec in results]}
+        told = {"results": [write_spec(spec) for spec in made.results], "guards": [str(g) for g in made.guards]}
+        header = {**_identity(region), **told}
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "compiled"
-                _torch.save_compiled(compiled, str(path))
+                _torch.save_compiled(made.call, str(path))
                 data = path.read_bytes()
         except (RuntimeError, AttributeError, OSError):
             return
@@ -120,8 +124,8 @@ class Artifacts:
         return None
 
 
-def traced(region: Canonical) -> tuple[fx.GraphModule, list[Any], tuple[Spec, ...]]:
-    """What a compiler takes: a graph with fake values, the fake inputs; and the specs of the results.
+def traced(region: Canonical) -> tuple[fx.GraphModule, list[Any], tuple[Spec, ...], Fakes]:
+    """What a compiler takes: a graph with fake values, the fake inputs; the specs of the results; what made the values.
 
     Raises: InputError where a size depends on numbers; Untraceable where torch refuses an operator.
     """
@@ -129,7 +133,7 @@ def traced(region: Canonical) -> tuple[fx.GraphModule, list[Any], tuple[Spec, ..
     fakes = Fakes(region.sizes)
     example = [fakes.of(node.meta["spec"]) for node in region.graph.nodes if node.op == "placeholder"]
     results = propagate(module, fakes.mode, example)
-    return module, example, tuple(map(fakes.spec, results))
+    return module, example, tuple(map(fakes.spec, results)), fakes
 
 
 def _with_methods(graph: fx.Graph) -> fx.Graph:
@@ -155,10 +159,11 @@ def _decode(data: bytes, region: Canonical) -> Artifact:
     if any(header[key] != value for key, value in _identity(region).items()):
         raise ValueError("the artifact of another region")
     results = tuple(map(read_spec, header["results"]))
+    guards = tuple(parse_expr(ast.parse(text, mode="eval").body) for text in header["guards"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "compiled"
         path.write_bytes(compiled)
-        return Artifact(_torch.load_compiled(str(path)), results)
+        return Artifact(_torch.load_compiled(str(path)), results, guards)
 
 
 # ------------------------------------------------------------------------------------------------------ identity

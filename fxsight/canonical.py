@@ -53,7 +53,14 @@ class Canonical:
 
     def renamed(self, spec: Spec) -> Spec:
         """The spec of a result, in the program's names of sizes."""
-        return _renamed(spec, {symbol(f"s{i}"): symbol(name) for i, name in enumerate(self.names)})
+        return _renamed(spec, self._back())
+
+    def holding(self, guard: Any) -> Any:
+        """A condition on sizes, in the program's names of them."""
+        return guard.xreplace(self._back())
+
+    def _back(self) -> Mapping[Any, Any]:
+        return {symbol(f"s{i}"): symbol(name) for i, name in enumerate(self.names)}
 
 
 def canonical(

@@ -10,9 +10,10 @@ import sympy
 import torch
 from torch import fx
 
-from fxsight.artifacts import Artifacts
-from fxsight.canonical import canonical
+from fxsight.artifacts import Artifact, Artifacts
+from fxsight.canonical import Canonical, canonical
 from fxsight.effects import mutated_arguments, storages
+from fxsight.fakes import Untraceable
 from fxsight.node import binding_of
 from fxsight.program import Program
 from fxsight.regions import Region
@@ -34,6 +35,7 @@ class Driver:
     """A program as steps over a list of values: its placeholders, then its sizes, then what the steps compute.
 
     plain: positions of the arguments that are to be contiguous.  sizes: argument and dimension of each size.
+    fixed, guards: the sizes and the conditions on sizes for which it holds.
     """
 
     steps: tuple[Step, ...]
@@ -41,6 +43,13 @@ class Driver:
     sizes: tuple[tuple[int, int], ...]
     values: int
     returns: tuple[int, ...]
+    fixed: Mapping[str, int]
+    guards: tuple[Any, ...]
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether it may be called on inputs of these sizes."""
+        fits = all(sizes[name] == size for name, size in self.fixed.items())
+        return fits and met(self.guards, _numbers(sizes))
 
     def __call__(self, *arguments: Any) -> list[Any]:
         """Run; returns the results in order."""
@@ -67,8 +76,9 @@ def drive(
 ) -> Driver:
     """Compile the regions that are not compiled yet, and put them one after the other.
 
-    arguments: one run's placeholders, for layouts and dtypes.  fixed: sizes that are numbers.
-    examples: a number for each size, ``fixed`` ones included.
+    arguments: one run's placeholders, for layouts, dtypes and sizes.  fixed: sizes that are numbers.
+    examples: a number for each size, ``fixed`` ones included. A region that does not hold for the sizes of the
+    arguments when it is compiled with these, is compiled with those.
 
     Raises: InputError where a size depends on numbers; Untraceable where torch refuses an operator.
     """
@@ -76,21 +86,57 @@ def drive(
     plain = tuple(i for i, n in enumerate(places) if _is_plain(n, arguments[i]))
     sizes = {name: place for name, place in size_places(program).items() if name not in fixed}
     free = {name: number for name, number in examples.items() if name not in fixed}
+    given = {name: int(arguments[i].shape[dim]) for name, (i, dim) in sizes.items()}
     specs = {n: _given(n, a, fixed) for n, a in zip(places, arguments, strict=True)}
     specs |= {n: _fixed(n.meta["spec"], fixed) for n in program.graph.nodes if isinstance(n.meta.get("spec"), SizeSpec)}
     guards = [g.xreplace({symbol(name): value for name, value in fixed.items()}) for g in program.guards]
     at: dict[Any, int] = {key: i for i, key in enumerate([*places, *sizes])}
     taken: list[tuple[Callable[..., Sequence[Any]], tuple[int, ...], tuple[int, ...]]] = []
+    needed: dict[Any, None] = {}
     for region in regions:
-        form = canonical(region, specs, free, guards)
-        artifact = artifacts.of(form)
+        forms = (canonical(region, specs, numbers, guards) for numbers in (free, given))
+        form, artifact, held = _holding(forms, given, artifacts)
+        needed |= dict.fromkeys(held)
         for node, spec in zip(region.outputs, artifact.results, strict=True):
             specs[node] = form.renamed(spec)
             at[node] = len(at)
         takes = tuple(at[key] for key in (*form.names, *form.inputs))
         taken.append((artifact.call, takes, tuple(at[n] for n in region.outputs)))
     returns = tuple(at[n] for n in program.results)
-    return Driver(tuple(_steps(taken, returns, len(places))), plain, tuple(sizes.values()), len(at), returns)
+    steps = tuple(_steps(taken, returns, len(places)))
+    return Driver(steps, plain, tuple(sizes.values()), len(at), returns, dict(fixed), tuple(needed))
+
+
+def _holding(
+    forms: Iterable[Canonical], sizes: Mapping[str, int], artifacts: Artifacts
+) -> tuple[Canonical, Artifact, list[Any]]:
+    """The first form whose artifact holds for some sizes, the artifact, and its conditions.
+
+    Raises: InputError where a size depends on numbers; Untraceable where torch refuses an operator in all forms.
+    """
+    refused = Untraceable()
+    for form in forms:
+        try:
+            artifact = artifacts.of(form)
+        except Untraceable as error:
+            refused = error
+            continue
+        held = [form.holding(guard) for guard in artifact.guards]
+        if met(held, _numbers(sizes)):
+            return form, artifact, held
+    raise refused
+
+
+def met(guards: Iterable[Any], numbers: Mapping[Any, int]) -> bool:
+    """Whether all conditions hold for sizes that are these numbers; a size without a number: not."""
+    try:
+        return all(guard.xreplace(numbers) == True for guard in guards)  # noqa: E712
+    except ZeroDivisionError:  # a multiple of nothing
+        return False
+
+
+def _numbers(sizes: Mapping[str, int]) -> Mapping[Any, int]:
+    return {symbol(name): sympy.Integer(size) for name, size in sizes.items()}
 
 
 def _steps(taken: Iterable[tuple[Any, Any, Any]], returns: Sequence[int], arguments: int) -> list[Step]:

@@ -41,6 +41,12 @@ class Fakes:
         """The spec of a fake value, in the names of the sizes."""
         return spec_of(value, {mine: name for name, mine in self._symbols.items()}, {}, "")
 
+    def guards(self) -> tuple[Any, ...]:
+        """What has been taken for granted of the sizes because it holds for the examples, in their names."""
+        env: Any = self.mode.shape_env
+        names = {mine: name for name, mine in self._symbols.items()}
+        return tuple(dict.fromkeys(guard.expr.xreplace(names) for guard in env.guards))
+
     def _number(self, dim: Any) -> Any:
         if isinstance(dim, int):
             return dim
