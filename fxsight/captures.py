@@ -84,6 +84,7 @@ class Captures:
         self.attached_calls = AttachedCalls()
         self.shared = Now()
         self.told: dict[Any, Any] = {}  # the warnings that are given once for each line
+        self.plans: OrderedDict[Any, Any] = OrderedDict()  # of traces that have run together
         self._store = store
         self._unseen: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # attached, unknown to every program
         self._programs: dict[Any, list[Program]] = {}

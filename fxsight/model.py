@@ -292,9 +292,13 @@ class Model(View):
 
     # -- several traces ----------------------------------------------------------------------------------------------
 
-    def session(self) -> Session:
-        """A block for several traces: values of one are used in the next without saving; they run when it ends."""
-        return Session()
+    def session(self, share: bool = True) -> Session:
+        """A block for several traces: values of one are used in the next without saving; they run when it ends.
+
+        share: whether traces on the same inputs compute what they have in common once, with the same bits;
+        ``session.explain()`` says what was shared.
+        """
+        return Session(share)
 
     def method(self, name: str) -> Method:
         """A method of the module, to be traced: ``with model.method("encode").trace(x):``.
@@ -426,9 +430,9 @@ def save(value: Any) -> Any:
     return value
 
 
-def session() -> Session:
+def session(share: bool = True) -> Session:
     """A block for several traces, of one model or of several: see ``Model.session``."""
-    return Session()
+    return Session(share)
 
 
 def apply(function: Any, *args: Any, **kwargs: Any) -> Any:

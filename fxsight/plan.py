@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from fxsight.captures import Captures
-from fxsight.cost import Cost, Sizes, bytes_of, cost_of, peak_bytes
+from fxsight.cost import Cost, Sizes, bytes_of, peak_bytes
 from fxsight.errors import SweepWarning
+from fxsight.estimate import Estimate, bytes_text, total_line
 from fxsight.grid import Grid, Labels, cells_of
 from fxsight.lines import user_line
 from fxsight.parts import Group, run_groups
-from fxsight.program import Program
 from fxsight.progress import Progress
 from fxsight.show import Text
 from fxsight.spec import TensorSpec
@@ -56,38 +56,37 @@ class Plan:
     # -- what it costs -----------------------------------------------------------------------------------------------
 
     @cached_property
+    def _estimate(self) -> Estimate:
+        return Estimate(self.groups, self.sizes, self.budget)
+
+    @property
     def naive(self) -> Cost:
         """Of all cells, each run alone."""
-        return sum((self._whole(group.whole) * len(group.cells) for group in self.groups), self._alone)
+        return self._estimate.naive + self._alone
 
-    @cached_property
+    @property
     def cost(self) -> Cost:
         """Of this plan."""
         return self.shared + self.own + self._alone
 
-    @cached_property
+    @property
     def shared(self) -> Cost:
         """Of what runs once."""
-        return sum((self._whole(part.program) for group in self.groups for part in group.shared), Cost())
+        return self._estimate.shared
 
-    @cached_property
+    @property
     def own(self) -> Cost:
         """Of what runs for each cell, or for some cells together; of what is computed together, at most."""
-        exact = (self._whole(p.program) * len(set(g.keys(p))) for g in self.groups if not g.together for p in g.own)
-        fast = (together.cost(len(group.cells), self.budget) for group, together in self.together)
-        return sum((*exact, *fast), Cost())
+        return self._estimate.own
 
     @property
     def together(self) -> list[tuple[Group, Together]]:
         """The groups whose cells are computed together."""
-        return [(group, group.together) for group in self.groups if group.together is not None]
+        return self._estimate.together
 
     @cached_property
     def _alone(self) -> Cost:
-        return sum((self._whole(self.cells[number].program_alone.program) for number in self.alone), Cost())
-
-    def _whole(self, program: Program) -> Cost:
-        return cost_of(program.graph.nodes, self.sizes)
+        return sum((self._estimate.whole(self.cells[number].program_alone.program) for number in self.alone), Cost())
 
     @cached_property
     def held(self) -> int:
@@ -122,11 +121,7 @@ class Plan:
         count = len(self.cells)
         grid = " × ".join(f"{name} {len(labels)}" for name, labels in self.axes.items())
         yield f"{count} cells: {grid}; {self.mode}"
-        programs = "one program" if len(self.groups) == 1 else f"{len(self.groups)} programs"
-        if self.groups:
-            yield f"  {programs} for {sum(len(group.cells) for group in self.groups)} cells"
-            yield f"  once           {_cost(self.shared)}"
-            yield f"  for each cell  {'at most ' if self.together else ''}{_cost(self.own)}"
+        yield from self._estimate.lines("cell")
         yield from self._fast_lines()
         narrowed = sum(any(made.startswith("NarrowReads") for made in g.program.history) for g in self.groups)
         if narrowed:
@@ -134,12 +129,10 @@ class Plan:
         reasons = dict.fromkeys(self.alone.values())
         for reason in reasons:
             yield f"  {sum(r == reason for r in self.alone.values())} cells run alone: {reason}"
-        naive, here = self.naive, self.cost
-        times = f"; cell by cell it would be {naive.flops / here.flops:.2f} times as many" if here.flops else ""
-        yield f"  all            {_cost(here)}{times}"
+        yield total_line("cell", self.naive, self.cost)
         yield (
-            f"  memory         shared values {_bytes(self.held)}, while a cell runs {_bytes(self.cell_bytes)}, "
-            f"results {_bytes(self.result_bytes)}"
+            f"  memory         shared values {bytes_text(self.held)}, while a cell runs {bytes_text(self.cell_bytes)}, "
+            f"results {bytes_text(self.result_bytes)}"
         )
 
     def _fast_lines(self) -> Iterator[str]:
@@ -149,7 +142,7 @@ class Plan:
         cells = sum(len(group.cells) for group, _ in self.together)
         chunks = sum(together.chunks(len(group.cells), self.budget) for group, together in self.together)
         by = f"{cells} cells by {' and '.join(axes)}"
-        yield f"  together       {by}, in at most {chunks} chunks of {_bytes(self.budget)}"
+        yield f"  together       {by}, in at most {chunks} chunks of {bytes_text(self.budget)}"
         if any(together.stride.partial for _, together in self.together):
             yield "                 only rows that an edit reaches; the others are those of the run without it"
         names = sorted({target_name(node.target) for _, together in self.together for node in together.stride.alone})
@@ -216,18 +209,3 @@ class Plan:
 def _blank(shape: Sequence[int], spec: TensorSpec) -> torch.Tensor:
     has_nan = spec.dtype.is_floating_point or spec.dtype.is_complex
     return torch.full(tuple(shape), float("nan") if has_nan else 0, dtype=spec.dtype, device=spec.device)
-
-
-def _cost(cost: Cost) -> str:
-    return f"{cost.operators:,} operators, {_scaled(cost.flops, 1000, ('', 'k', 'M', 'G', 'T', 'P'))}FLOP"
-
-
-def _bytes(count: int) -> str:
-    return f"{_scaled(count, 1024, ('', 'k', 'M', 'G', 'T'))}B"
-
-
-def _scaled(number: float, step: int, units: Sequence[str]) -> str:
-    unit = 0
-    while number >= step and unit < len(units) - 1:
-        number, unit = number / step, unit + 1
-    return f"{number:.3g} {units[unit]}" if number < 1000 else f"{number:.0f} {units[unit]}"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -71,6 +71,7 @@ class Running:
         self._known: dict[str, torch.Tensor] = {}
         self._differentiates = torch.is_grad_enabled()
         self._executable: Executable | None = None
+        self._unmade: Callable[[], Executable] | None = None  # makes it, where others' programs have computed it
         self._recorder: Recorder | None = None
         self._walk: Walk | None = None
         self._finished: Finish | None = None
@@ -129,6 +130,8 @@ class Running:
         """
         if self._finished is not None and self._executable is None:
             self._executable = self._finished.executable.bound(self._constants, False)
+        if self._unmade is not None and self._executable is None:
+            self._executable = self._unmade()
         if self._executable is None:
             raise TraceError("the program is finished when the block ends (in a session, when that ends): use it then")
         return self._executable
@@ -140,18 +143,42 @@ class Running:
 
     def run(self, wanted: Sequence[Value]) -> None:
         """Compute what was saved, and some values besides; they become plain tensors."""
-        recorder, constants = self._written, self._written.constants
-        asked = recorder.asked(wanted, self._kept)
+        self.ask(wanted)
+        self.run_asked()
+
+    def ask(self, wanted: Sequence[Value]) -> Intervention:
+        """What is to be computed: what was saved, and some values besides.  It warns of what is lost; nothing runs."""
+        recorder = self._written
+        recorder.constants  # noqa: B018 - values of earlier blocks are computed for it
+        self._asked = asked = recorder.asked(wanted, self._kept)
         self._check_draws(asked)
         said = [warn_of_lost_edits(recorder.body, asked), warn_of_unused_results(recorder.body, asked)]
         recorder.has_warned |= any(said)
-        known = [*constants, *self._known.values()]
-        shared = self.captures.executable(self._captured, asked, [], self._tier(), self._sizes, self._use_known())
-        self._executable, self._asked = shared.bound(known, bool(self._known)), asked
         self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
         self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]
-        recorder.phase, recorder.alive = "done", None
+        return asked
+
+    def run_asked(self) -> None:
+        """Compute what ``ask`` has found."""
+        known = [*self._written.constants, *self._known.values()]
+        shared = self.captures.executable(self._captured, self._asked, [], self._tier(), self._sizes, self._use_known())
+        self._executable = shared.bound(known, bool(self._known))
+        self._recorder_done()
         self._fill(self._executable.run(self.inputs, known, self._batch.joined))
+
+    def take(self, results: Sequence[torch.Tensor]) -> None:
+        """What ``ask`` has found, computed elsewhere: tensors of their own."""
+        program, asked, sizes, constants = self._captured, self._asked, self._sizes, self._written.constants
+
+        def made() -> Executable:
+            return self.captures.executable(program, asked, [], "eager", sizes).bound(constants, False)
+
+        self._unmade = made
+        self._recorder_done()
+        self._fill(results)
+
+    def _recorder_done(self) -> None:
+        self._written.phase, self._written.alive = "done", None
 
     def run_again(self, call: Call, wanted: Sequence[Value]) -> None:
         """The same block on another input, in a loop of a session; the first time as ``run``.

@@ -17,14 +17,21 @@ from fxsight.context import enter_session, here, leave_session
 from fxsight.errors import TraceError
 from fxsight.item import Elements, Item, evaluate
 from fxsight.loop import Condition, Loop, Statement
+from fxsight.shared import Sharing
+from fxsight.show import Text
 from fxsight.tracer import Tracer
 from fxsight.value import Value, values_in
 
 
 class Session:
-    """``with model.session() as session:``, or ``fxsight.session()`` for traces of several models."""
+    """``with model.session() as session:``, or ``fxsight.session()`` for traces of several models.
 
-    def __init__(self) -> None:
+    share: whether traces on the same inputs compute what they have in common once (bit for bit the same); else one
+    runs after the other.
+    """
+
+    def __init__(self, share: bool = True) -> None:
+        self._sharing = Sharing(share)
         self._waiting: list[Tracer] = []
         self._kept: list[Any] = []
         self._blocks: list[list[Statement]] = []
@@ -85,9 +92,7 @@ class Session:
     def force(self) -> None:
         """Run what waits, and let everything that is still held become plain tensors."""
         waiting, self._waiting = self._waiting, []
-        for tracer in waiting:
-            tracer.run(self._held(tracer))
-            tracer.forget()
+        self._sharing.run(waiting, self._held)
 
     def _held(self, tracer: Tracer) -> list[Value]:
         """The values of a block that somebody still holds."""
@@ -100,13 +105,23 @@ class Session:
         for value in self._kept:
             self.refer(thaw(value))
         used: list[Any] = [value for tracer in self._waiting for value in tracer.needed]
-        for tracer in list(self._waiting):
+        waiting, self._waiting = self._waiting, []
+
+        def wanted(tracer: Tracer) -> list[Value]:
             self._held(tracer).clear()
-            tracer.run([value for value in used if type(value) is Value and value.cell.recorder is tracer.recorder])
-            tracer.forget()
-            self._waiting.remove(tracer)
+            return [value for value in used if type(value) is Value and value.cell.recorder is tracer.recorder]
+
+        try:
+            self._sharing.run(waiting, wanted)
+        finally:
+            for tracer in waiting:
+                tracer.recorder.phase = "done"
 
     # -- what users ask ----------------------------------------------------------------------------------------------
+
+    def explain(self) -> Text:
+        """What the traces that have run by now have shared: what ran once, what for each, and which ran alone, why."""
+        return self._sharing.explain()
 
     def save(self, value: Any) -> Any:
         """Keep every value in a structure, those put into it later too.  Returns: the structure."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from fxsight import _torch
+from fxsight.alike import alike
 from fxsight.become import become
-from fxsight.bits import Known, narrow_exactly
 from fxsight.captures import Captures
 from fxsight.collector import waiting
 from fxsight.containers import thaw
@@ -27,17 +27,15 @@ from fxsight.edit import Edit
 from fxsight.errors import TraceError
 from fxsight.grid import Labels, cell_name, cells_of
 from fxsight.intervention import Intervention
-from fxsight.lift import Outline, lifted, outline, varying
+from fxsight.lift import Outline, outline
 from fxsight.lost import warn_of_lost_edits
 from fxsight.numbering import has_effects
-from fxsight.parts import Alike, cut, varying_constants
-from fxsight.pipeline import cell_pass
+from fxsight.parts import Alike, cut
 from fxsight.plan import Plan, Returned
 from fxsight.progress import Progress
 from fxsight.rows import Call
 from fxsight.run import Executable
 from fxsight.spec import TensorSpec
-from fxsight.stride import best_stride
 from fxsight.together import BUDGET
 from fxsight.tracer import Tracer
 from fxsight.tree import flatten
@@ -304,14 +302,7 @@ def _alike(captures: Captures, cells: Sequence[SweepCell], mode: str) -> tuple[l
     """Groups of cells with one program, and the cells that run alone, with the reason."""
     alone = {number: _NUMBERS for number, cell in enumerate(cells) if cell.has_numbers}
     alone |= {number: _GRADIENTS for number, cell in enumerate(cells) if cell.asked.backwards}
-    kinds: dict[tuple[int, str], list[int]] = {}
-    for number, cell in enumerate(cells):
-        if number not in alone:
-            kinds.setdefault((id(cell.captured), cell.outline.text), []).append(number)
-    tried: Known = {}
-    groups = [
-        _group(captures, [(number, cells[number]) for number in members], tried, mode) for members in kinds.values()
-    ]
+    groups = alike(captures, {n: cell for n, cell in enumerate(cells) if n not in alone}, mode)
     if not any(has_effects(group.program.graph.nodes) for group in groups):
         return groups, alone
     if alone:
@@ -321,15 +312,3 @@ def _alike(captures: Captures, cells: Sequence[SweepCell], mode: str) -> tuple[l
             "or changes its buffers, so that the order of the cells matters: trace them one by one"
         )
     return [], dict.fromkeys(range(len(cells)), _EFFECTS)
-
-
-def _group(captures: Captures, members: Sequence[tuple[int, SweepCell]], tried: Known, mode: str) -> Alike:
-    cells = [cell for _, cell in members]
-    captured, sizes = cells[0].captured, cells[0].sizes
-    which = varying([cell.outline for cell in cells])
-    program = whole = cell_pass(lifted(cells[0].asked, which))(captured)
-    constants = tuple((*cell.constants, *(cell.outline.numbers[i] for i in which)) for cell in cells)
-    found = best_stride(whole, captured, varying_constants(constants), sizes) if mode == "fast" else None
-    if found is None:
-        program = narrow_exactly(whole, sizes, captures.weight, tried)
-    return Alike(whole, program, tuple(number for number, _ in members), constants, sizes, found)

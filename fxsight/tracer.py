@@ -193,6 +193,11 @@ class Tracer(Running):
         """Whether the body has looked at numbers, or has warned: then it is recorded each time."""
         return bool(self._known) or (self._recorder is not None and self._recorder.has_warned)
 
+    @property
+    def is_eager(self) -> bool:
+        """Whether it runs op by op."""
+        return self._tier() == "eager"
+
     def do_read(self, address: Address, port: str) -> Any:
         """A read, written down."""
         return present(self._written, self.place(address), port, self._write_member)

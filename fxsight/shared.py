@@ -1,0 +1,221 @@
+"""Traces of a session on the same inputs, run as one plan: what they have in common is computed once.
+
+    with model.session():
+        for layer in range(12):
+            with model.trace(x):                     the forward up to the edit is the same in all twelve
+                model.h[layer].output[:, 3] = 0
+
+Every operator stays what it was, on the values it had, so each trace has the bits of its own run. A trace waits for
+those whose values it uses; traces that change something run in the order in which they are written, each by itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fxsight.alike import alike, constants_of
+from fxsight.cost import Cost
+from fxsight.effects import is_random
+from fxsight.errors import FxsightError
+from fxsight.estimate import Estimate, total_line
+from fxsight.intervention import Intervention
+from fxsight.lift import Outline, outline
+from fxsight.numbering import has_effects
+from fxsight.own_memory import own_memory
+from fxsight.parts import Group, cut, identity, run_groups
+from fxsight.program import Program
+from fxsight.show import Text
+from fxsight.together import BUDGET
+from fxsight.tracer import Tracer
+from fxsight.tree import flatten
+from fxsight.value import Value
+
+KEPT = 8  # plans kept per model
+_LARGE = 2**16  # inputs with more numbers are the same only where they are one tensor
+_GRADIENTS = "gradients are enabled and something requires them; use torch.no_grad()"
+_ONE = "no other trace has the same inputs"
+_NOTHING = "they have nothing to share"
+
+
+@dataclass(eq=False)
+class Ready:
+    """A trace that has ended, and what is asked of it."""
+
+    tracer: Tracer
+    asked: Intervention
+
+    @property
+    def captured(self) -> Program:
+        """What it was recorded on."""
+        return self.tracer.captured
+
+    @property
+    def sizes(self) -> Any:
+        """Of its inputs."""
+        return self.tracer.sizes
+
+    @property
+    def constants(self) -> Sequence[Any]:
+        """The user's tensors."""
+        return self.tracer.recorder.constants
+
+    @cached_property
+    def outline(self) -> Outline:
+        """The body without its numbers."""
+        return outline(self.asked)
+
+
+class Sharing:
+    """Runs the traces of one session.  wanted: whether they may share; else one runs after the other."""
+
+    def __init__(self, wanted: bool = True) -> None:
+        self._wanted = wanted
+        self._shared: list[Estimate] = []
+        self._alone: Counter[str] = Counter()
+
+    def run(self, tracers: Sequence[Tracer], values: Callable[[Tracer], list[Value]]) -> None:
+        """Run traces that have ended.  values: those of a trace that are wanted besides what it saves.
+
+        Raises: what running a trace raises.
+        """
+        for together in rounds(tracers) if self._wanted else ([tracer] for tracer in tracers):
+            if len(together) == 1:
+                self._run_alone([Ready(together[0], together[0].ask(values(together[0])))], _ONE)
+                continue
+            for ready, why in _sets([Ready(t, t.ask(values(t))) for t in together]):
+                plan = None if why else _plan(ready)
+                if plan is None:
+                    self._run_alone(ready, why or _NOTHING)
+                else:
+                    self._run_shared(ready, plan)
+
+    def _run_alone(self, ready: Sequence[Ready], why: str) -> None:
+        self._alone[why if self._wanted else "share=False"] += len(ready)
+        for one in ready:
+            one.tracer.run_asked()
+            one.tracer.forget()
+
+    def _run_shared(self, ready: Sequence[Ready], plan: Sequence[Group]) -> None:
+        self._shared.append(Estimate(plan, dict(ready[0].sizes), BUDGET))
+        for number, results in run_groups(plan, ready[0].tracer.inputs, BUDGET):
+            ready[number].tracer.take(own_memory(results))
+            ready[number].tracer.forget()
+
+    def explain(self) -> Text:
+        """What the traces that have run have shared, and which ran alone."""
+        return Text("\n".join(self._lines()))
+
+    def _lines(self) -> Iterator[str]:
+        count = sum(one.cells for one in self._shared) + sum(self._alone.values())
+        yield f"{count} traces have run"
+        for one in self._shared:
+            yield from one.lines("trace")
+            yield total_line("trace", one.naive, one.shared + one.own)
+        for why, number in self._alone.items():
+            yield f"  {number} alone: {why}"
+
+
+# -- the order -------------------------------------------------------------------------------------------------------
+
+
+def rounds(tracers: Sequence[Tracer]) -> list[list[Tracer]]:
+    """Traces in the order in which they run: those of one round need nothing of each other."""
+    found: dict[Any, int] = {}
+    order: dict[int, list[Tracer]] = {}
+    known: dict[int, bool] = {}
+    first = 0
+    for tracer in tracers:
+        if _keeps_order(tracer, known):
+            at = max(found.values(), default=-1) + 1
+            first = at + 1
+        else:
+            at = max([first, *(found[v.cell.recorder] + 1 for v in tracer.needed if v.cell.recorder in found)])
+        found[tracer.recorder] = at
+        order.setdefault(at, []).append(tracer)
+    return [order[at] for at in sorted(order)]
+
+
+def _keeps_order(tracer: Tracer, known: dict[int, bool]) -> bool:
+    """Whether a trace runs where it stands: it changes something, draws random numbers, or is finished in part."""
+    body, program = tracer.recorder.body, tracer.captured
+    if id(program) not in known:
+        known[id(program)] = has_effects(program.graph.nodes) or bool(program.book.left)
+    special = bool(body.updates) or not body.gradients.is_empty or tracer.is_decided or not tracer.is_eager
+    return known[id(program)] or special or any(is_random(node) for node in body.graph.nodes)
+
+
+def _sets(ready: Sequence[Ready]) -> Iterator[tuple[list[Ready], str]]:
+    """Traces with the same inputs; and why they cannot share, empty where they can."""
+    found: dict[Hashable, list[Ready]] = {}
+    for one in ready:
+        found.setdefault((id(one.tracer.captures.module), _inputs_key(one.tracer.inputs)), []).append(one)
+    for same in found.values():
+        needs_graph = torch.is_grad_enabled() and any(_requires_grad(one) for one in same)
+        yield same, _ONE if len(same) == 1 else _GRADIENTS if needs_graph else ""
+
+
+def _inputs_key(leaves: Sequence[Any]) -> Hashable:
+    """Equal for inputs that are the same tensors, or have the same whole numbers."""
+    return tuple(map(_leaf_key, leaves))
+
+
+def _leaf_key(leaf: Any) -> Hashable:
+    if not isinstance(leaf, torch.Tensor):
+        return type(leaf).__name__, leaf if isinstance(leaf, (bool, int, float, str, type(None))) else id(leaf)
+    if leaf.is_floating_point() or leaf.is_complex() or leaf.numel() > _LARGE or leaf.layout is not torch.strided:
+        return identity(leaf)
+    return str(leaf.dtype), str(leaf.device), tuple(leaf.shape), leaf.stride(), tuple(leaf.flatten().tolist())
+
+
+def _requires_grad(one: Ready) -> bool:
+    given = [*flatten(one.tracer.inputs)[0], *one.constants, *one.tracer.captures.module.parameters()]
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+def _plan(ready: Sequence[Ready]) -> list[Group] | None:
+    """How they are computed; None where nothing is gained.  Kept for the next time that the same is asked."""
+    captures = ready[0].tracer.captures
+    kept: OrderedDict[Hashable, list[Group] | None] = captures.plans
+    key = _plan_key(ready)
+    if key not in kept:
+        kept[key] = _made(ready)
+        if len(kept) > KEPT:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    plan = kept[key]
+    return plan and [replace(group, constants=constants_of([ready[n] for n in group.cells])) for group in plan]
+
+
+def _plan_key(ready: Sequence[Ready]) -> Hashable:
+    """All that a plan depends on: bodies with their numbers, which tensors are one, and sizes."""
+    tensors: dict[Hashable, int] = {}
+    bodies = tuple(
+        (
+            id(one.captured),
+            one.outline.text,
+            str(one.outline.numbers),
+            tuple(tensors.setdefault(identity(c), len(tensors)) for c in one.constants),
+        )
+        for one in ready
+    )
+    return bodies, tuple(ready[0].sizes.items()), torch.get_num_threads()
+
+
+def _made(ready: Sequence[Ready]) -> list[Group] | None:
+    captures = ready[0].tracer.captures
+    try:
+        found = cut(alike(captures, dict(enumerate(ready)), "exact"), captures.module)
+    except FxsightError:  # said again, at its line, when the trace runs alone
+        return None
+    estimate = Estimate(found, dict(ready[0].sizes), BUDGET)
+    planned: Cost = estimate.shared + estimate.own
+    return [replace(g, constants=()) for g in found] if planned.flops < estimate.naive.flops else None
