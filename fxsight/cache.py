@@ -12,7 +12,7 @@ It is filled when its block ends, and is nothing but data: it can be pickled.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,12 +88,43 @@ class Cache(Mapping[str, Any]):
         self._entries: dict[str, tuple[Entry, ...]] = {}
         self._names: dict[str, None] = {}  # the keys of all modules of the model, in order
         self._absent: dict[str, str] = {}
+        self._steps: dict[int, Cache] = {}
         self._waits = "it is filled when its block ends (in a session, when that ends); inside it, read .output itself"
 
     def fill(self, entries: Mapping[str, Sequence[Entry]], names: Sequence[str], absent: Mapping[str, str]) -> None:
         """The block has run.  names: the keys of all modules of the model.  absent: why some are not there."""
         self._entries = {key: tuple(calls) for key, calls in entries.items()}
         self._names, self._absent, self._waits = dict.fromkeys(names), dict(absent), ""
+
+    def join(self, steps: Mapping[int, Cache]) -> None:
+        """The generation has run: it has what the caches of its steps have, in their order."""
+        filled = {number: cache for number, cache in steps.items() if not cache._waits}
+        if not filled:
+            self.void(next(iter(steps.values()))._waits)
+            return
+        found: dict[str, list[Entry]] = {}
+        for cache in filled.values():
+            for key, calls in cache._entries.items():
+                found.setdefault(key, []).extend(calls)
+        entries = {
+            key: [replace(entry, name=f"{key}#{n}" if n else key) for n, entry in enumerate(calls)]
+            for key, calls in found.items()
+        }
+        last = filled[max(filled)]
+        absent = {key: why for key, why in last._absent.items() if key not in entries}
+        self.fill(entries, tuple(last._names), absent)
+        self._steps = dict(steps)
+
+    def step(self, number: int) -> Cache:
+        """Of a generation, what is kept of one step; -1 is the encoder, which runs before the steps.
+
+        Raises: NotCached for another step.
+        """
+        self._filled  # noqa: B018 - raises before the end of the block
+        if number not in self._steps:
+            known = ", ".join(map(str, self._steps)) or "no steps: it is not of a generation"
+            raise NotCached(f"no step {number} in this cache; it has {known}")
+        return self._steps[number]
 
     def void(self, why: str) -> None:
         """It will never be filled."""

@@ -48,6 +48,10 @@ class Stepping(Protocol):
         """How many steps there are at most."""
         ...
 
+    def reaches(self, step: int) -> bool:
+        """Whether the generation comes to a step, as far as it is known."""
+        ...
+
     def open_template(self, steps: Sequence[int]) -> Callable[[bool], None]:
         """What is said from now on is an edit of all these steps.  Returns: ends that."""
         ...
@@ -84,6 +88,8 @@ class Steps:
     def __iter__(self) -> Iterator[int]:
         cursor = self._generation.cursor
         for step in self.numbers:
+            if not self._generation.reaches(step):
+                return
             before = cursor.go(step, {})
             try:
                 yield step

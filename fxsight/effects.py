@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from fxsight import _torch
-from fxsight.node import origin_of
+from fxsight.node import binding_of, origin_of
+from fxsight.program import Program
 from fxsight.spec import TensorSpec
 
 
@@ -98,6 +99,13 @@ _RANDOM = frozenset(
 def mutated_storages(nodes: Iterable[fx.Node]) -> frozenset[str]:
     """All memory that some node changes."""
     return frozenset(s for node in nodes for argument in mutated_arguments(node) for s in storages(argument))
+
+
+def changes_inputs(program: Program) -> bool:
+    """Whether a program changes what it is given in place."""
+    changed = mutated_storages(program.graph.nodes)
+    inputs = (n for n in program.graph.nodes if n.op == "placeholder" and binding_of(n).kind == "input")
+    return any(storages(node) & changed for node in inputs)
 
 
 def effect_edges(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:

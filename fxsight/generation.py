@@ -8,13 +8,14 @@ generates, on a twin of the module whose forward hands each call to its step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
 from fxsight.address import Address
+from fxsight.branch import Stopped
+from fxsight.cache import Cache
 from fxsight.captures import Captures
 from fxsight.containers import list as SavedList
 from fxsight.containers import thaw
@@ -23,9 +24,11 @@ from fxsight.cursor import Cursor, Iterations, Steps
 from fxsight.edit import Edit
 from fxsight.encoder import BEFORE
 from fxsight.errors import TraceError
-from fxsight.first_call import first_call
 from fxsight.invoke import Invoker
+from fxsight.keep import paths_of
+from fxsight.lines import user_line
 from fxsight.past import pasts_in
+from fxsight.performance import Performance
 from fxsight.program import Program
 from fxsight.prompted import NO_PROMPT, Prompted
 from fxsight.record import Recorder
@@ -37,7 +40,7 @@ from fxsight.running import Backend
 from fxsight.step import Step
 from fxsight.stepping import StepEdit
 from fxsight.tracer import Tracer
-from fxsight.twin import twin
+from fxsight.twin import encoder_path
 from fxsight.value import Value, values_in
 from fxsight.walk import Step as Way
 
@@ -65,11 +68,16 @@ class Generation:
         self._prompts, self._repertoire = prompts, repertoire
         self._known: Score | None = None
         self._outside: Any = None
-        self._first: Call | None = None
+        self._performance: Performance | None = None
+        self._ran: set[int] = set()
+        self._held_at = (0, "")
+        self._is_held = False
+        self._wanted: dict[int, list[Value]] | None = None
+        self._stop: tuple[int, str] | None = None
+        self._caches: list[tuple[Cache, dict[int, Cache]]] = []
         self._steps: dict[int, Step] = {}
         self._template: Tracer | None = None
         self._saved: list[Any] = []
-        self._made = 0
         self._prepared: dict[int, list[Any]] = {}
         self._returned: Any = None
         self._has_ended = False
@@ -77,8 +85,11 @@ class Generation:
     # -- the block ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Generation:
-        if here().session is not None:
-            raise TraceError("generate inside a session: write it after the session, or before")
+        session = here().session
+        if session is not None and session.is_written_down:
+            raise TraceError(
+                "generate in a block that is written once for all elements: write `for item in session.iter(...):`"
+            )
         if self._prompts.calls:
             self._known = self._rehearsed()
         enter_trace(self)
@@ -86,10 +97,11 @@ class Generation:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool | None:
         leave_trace(self)
+        stopped = isinstance(error, Stopped) and error.block is self
         try:
-            if error is None:
+            if error is None or stopped:
                 self._end()
         finally:
             for step in self._steps.values():
@@ -97,15 +109,9 @@ class Generation:
             self._steps.clear()
             self._saved.clear()
             self._prepared.clear()
-            self._has_ended, self._first = True, None
-
-    def first_call(self) -> Call | None:
-        """The call of step 0; None where it would change what it is given: a cache of the user's."""
-        if next(pasts_in(self._prompts.call), None) is not None or self._encodes:
-            return None
-        if self._first is None:
-            self._first = first_call(self.captures.module, self.method, self._prompts.call)
-        return self._first
+            self._caches.clear()
+            self._has_ended, self._performance = True, None
+        return stopped or None
 
     def _rehearsed(self) -> Score:
         score = self._repertoire.of(self.captures, self.method, self._prompts.call)
@@ -122,9 +128,16 @@ class Generation:
         if self._known is None:
             raise TraceError("generate() needs a prompt, or at least one `with tracer.invoke(prompt):` block")
         self._keep_containers()
-        for step in self._steps.values():
-            step.close()
+        session = here().session
+        if session is not None:
+            session.force()
+        self._is_held = session is not None  # values of it may be used in the session
+        for number, step in self._steps.items():
+            if number not in self._ran and not self._is_held:
+                step.close()
         self._returned = self.run()
+        for cache, steps in self._caches:
+            cache.join(steps)
         self._drop_unreached()
 
     def alone(self) -> Any:
@@ -133,56 +146,82 @@ class Generation:
             pass
         return self._returned
 
+    # -- running -----------------------------------------------------------------------------------------------------
+
     def run(self) -> Any:
         """Let the module's method generate, each step with what was said of it.  Returns: what the method returns."""
-        wanted: dict[int, list[Value]] = {}
+        returned = self._performing().finish()
+        self._wanted = self._needed()
+        made, stop = self._performing().made, self._stop
+        why = f"ended after {made} steps, the last of which is {made - 1}: every row had come to its end"
+        if stop is not None and made == stop[0] + 1:
+            why = f"was stopped at step {stop[0]} ({stop[1]})"
+        for number, step in self._steps.items():
+            if made <= number < self.count:
+                step.unreached(f"belongs to step {number}, and this generation {why}")
+        if self.count in self._steps and self.count not in self._ran:
+            self._drive(self.count, ((ids_in(returned),), {}))
+        return returned
+
+    def _performing(self) -> Performance:
+        if self._performance is None:
+            self._performance = Performance(self.captures.module, self.method, self._prompts.call, self._drive)
+        self._performance.last = None if self._stop is None else self._stop[0]
+        return self._performance
+
+    def _needed(self) -> dict[int, list[Value]]:
+        """The values of each step that later ones use."""
+        found: dict[int, list[Value]] = {}
         for step in self._steps.values():
             for value in step.foreign:
                 series = value.cell.recorder.series
                 if series is not None:
-                    wanted.setdefault(series[1], []).append(value)
-        args, kwargs = self._prompts.call
-        encode = partial(self._encode, wanted) if self._encodes else None
-        made = twin(self.captures.module, partial(self._forward, wanted), encode)
-        returned = getattr(made, self.method)(*args, **kwargs)
-        self._finish(returned, wanted)
-        return returned
+                    found.setdefault(series[1], []).append(value)
+        return found
 
-    @property
-    def _encodes(self) -> bool:
-        """Whether anything is said of the encoder."""
-        return BEFORE in self._steps or bool(self._edits_of(BEFORE))
-
-    def _encode(self, wanted: Mapping[int, Sequence[Value]], *args: Any, **kwargs: Any) -> Any:
-        if BEFORE not in self._steps:
-            self.step(BEFORE).close()
-        return self._steps[BEFORE].drive((args, kwargs), wanted.get(BEFORE, ()))
-
-    def _forward(self, wanted: Mapping[int, Sequence[Value]], *args: Any, **kwargs: Any) -> Any:
-        number, self._made = self._made, self._made + 1
-        step = self._steps.get(number)
-        if step is None and number < self.count and (self.edits or self.backend == "inductor"):
+    def _drive(self, number: int, call: Call) -> Any:
+        """One call, with what was said of its step; of the step that comes after all, the ids."""
+        step, is_known = self._steps.get(number), number <= self.count
+        if step is None and is_known and (self._edits_of(number) or (self.backend == "inductor" and number != BEFORE)):
             step = self.step(number)
-            step.close()
-        if step is None or number >= self.count:
-            return self.captures.module(*args, **kwargs)
-        return step.drive((args, kwargs), wanted.get(number, ()))
+        self._ran.add(number)
+        if step is None or not is_known:
+            path = encoder_path(self.captures.module) if number == BEFORE else ""
+            return self.captures.module.get_submodule(path)(*call[0], **call[1])
+        if self._is_held:
+            wanted: Sequence[Value] = step.held()
+        else:
+            if self._wanted is None:
+                self._wanted = self._needed()
+            wanted = self._wanted.get(number, ())
+        step.close()
+        return step.drive(call, wanted)
 
-    def _finish(self, returned: Any, wanted: Mapping[int, Sequence[Value]]) -> None:
-        for number, step in self._steps.items():
-            if self._made <= number < self.count:
-                step.unreached(
-                    f"belongs to step {number}, and this generation ended after {self._made} steps, the last of which "
-                    f"is {self._made - 1}: every row had come to its end"
-                )
-        last = self._steps.get(self.count)
-        if last is not None:
-            last.drive(((self._ids(returned),), {}), wanted.get(self.count, ()))
+    def call_of(self, number: int) -> Call | None:
+        """The call of a step, before it is made; those before it are made now, with what has been said of them so far.
 
-    def _ids(self, returned: Any) -> torch.Tensor:
-        found = returned if isinstance(returned, torch.Tensor) else returned.sequences
-        ids: torch.Tensor = found
-        return ids
+        None where it cannot be known before the block ends: with a cache of the user's, and with beams.
+        """
+        if next(pasts_in(self._prompts.call), None) is not None or (
+            number > 0 and self._prompts.beams(self.captures.module) > 1
+        ):
+            return None
+        self._is_held, performing = True, self._performing()
+        self._held_at = (number, user_line())
+        try:
+            call = performing.until(number)
+        finally:
+            self._is_held = False
+        if call is None and number == self.count:
+            call = ((ids_in(performing.returned),), {})
+        return call
+
+    def reaches(self, step: int) -> bool:
+        """Whether the generation comes to a step, as far as it is known: where steps have run, those before are run."""
+        performing = self._performance
+        if performing is None or not performing.made or step < performing.made:
+            return True
+        return self.call_of(step) is not None
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -196,6 +235,15 @@ class Generation:
 
         Raises: TraceError for one that this generation cannot have.
         """
+        if number in self._ran and not self._has_ended:
+            raise TraceError(
+                f"{'the encoder' if number == BEFORE else f'step {number}'} has run already, because a number of step "
+                f"{self._held_at[0]} was needed ({self._held_at[1]}): say before that line what is to be read or "
+                "changed in it"
+            )
+        return self._step(number)
+
+    def _step(self, number: int) -> Step:
         found = self._steps.get(number)
         if found is None:
             known, encoder = self._known_of(number), self._score.encoder
@@ -270,7 +318,7 @@ class Generation:
     @property
     def now(self) -> Tracer:
         """The step that is meant now, or what stands for several."""
-        return self._template or self.step(self.cursor.at(""))
+        return self._template or self._step(self.cursor.at(""))
 
     @property
     def iter(self) -> Iterations:
@@ -357,15 +405,57 @@ class Generation:
         self.now.check_alive()
 
     def stop(self) -> NoReturn:
-        """Raises: TraceError: a generation ends by its own criteria."""
-        raise TraceError("tracer.stop() in a generation: ask for fewer steps with max_new_tokens")
+        """End the block here, and the generation at this step; outside a loop, at the last that the block has named.
 
-    def cache(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises: TraceError: not there yet."""
-        raise TraceError(
-            "tracer.cache() in a generation is not supported: append to a list, `for step in tracer.all(): "
-            "xs.append(model.layer.output.save())`"
-        )
+        That step is run as far as is asked, and makes no token: the result are the tokens before it.
+
+        Raises: TraceError for beams.
+        """
+        self.check_alive()
+        named = [number for number in self._steps if number < self.count]
+        number = max([0, *named]) if self.cursor.is_plain else self.cursor.at("")
+        self.stop_at(number)
+        raise Stopped(self)
+
+    def stop_at(self, number: int) -> None:
+        """A step is the last.
+
+        Raises: TraceError for beams.
+        """
+        number = max(number, 0)
+        if self._prompts.beams(self.captures.module) > 1:
+            raise TraceError("stopping a generation with beams: no row is a text before all have come to their end")
+        if self._stop is None or number < self._stop[0]:
+            self._stop = (number, user_line())
+
+    def is_last(self, number: int) -> bool:
+        """Whether the generation ends at a step."""
+        return self._stop is not None and self._stop[0] == number
+
+    def cache(self, modules: Any = None, **options: Any) -> Cache:
+        """Keep what modules return, at every step; in a loop over steps at the present one.  Arguments: of a trace's.
+
+        What is kept of a module is a list, with an entry for each of its calls, in the order of the steps;
+        ``cache.step(n)`` are those of one step.
+
+        Raises: UnknownAddress for a path that the model does not have; TraceError in ``with`` over steps.
+        """
+        if self._template is not None:
+            raise TraceError("tracer.cache() in `with` over steps: write it before, or in a loop over steps")
+        numbers = list(range(self.count)) if self.cursor.is_plain else [self.cursor.at("")]
+        module, encoder = self.captures.module, self._score.encoder
+        asked = paths_of(modules, module, self.captures.shared.aliases)
+        steps: dict[int, Cache] = {}
+        if encoder is not None and 0 in numbers:
+            names = asked or {path for path, _ in module.named_modules()}
+            own = sorted(path for path in names if encoder.has(Address(path)))
+            if own:
+                steps[BEFORE] = Tracer.cache(self.step(BEFORE), own, **options)
+        for number in numbers:
+            steps[number] = Tracer.cache(self.step(number), modules, **options)
+        cache = Cache(self.captures.shared.aliases)
+        self._caches.append((cache, steps))
+        return cache
 
     # -- invokes -----------------------------------------------------------------------------------------------------
 
@@ -408,6 +498,7 @@ class Generation:
     def _grow(self) -> None:
         """More rows: what is known of each step is another, and what has been said of it stays."""
         try:
+            self._check_nothing_ran()
             self._prompts.check_order(self.captures.module)
             score = self._rehearsed()
             if self._steps and len(score.steps) != self.count:
@@ -418,13 +509,22 @@ class Generation:
         except BaseException:
             self._prompts.withdraw()
             raise
-        self._known, self._first = score, None
+        self._known, self._performance = score, None
         for number, step in sorted(self._steps.items()):
             step.grow(self._known_of(number))
 
+    def _check_nothing_ran(self) -> None:
+        if self._ran:
+            raise TraceError(
+                f"an invoke with a prompt, and steps have run already, because a number of step {self._held_at[0]} was "
+                f"needed ({self._held_at[1]}): write the invoke before that line"
+            )
+
     def _take_rows(self) -> None:
         if self._prompts.grows:
-            for step in self._steps.values():
+            for number, step in self._steps.items():
+                if number in self._ran:
+                    continue
                 step.take_rows(self._prompts.rows_at(step.known))
 
     # -- containers --------------------------------------------------------------------------------------------------
@@ -439,3 +539,9 @@ class Generation:
         for container in self._saved:
             if isinstance(container, SavedList):
                 container[:] = [x for x in container if type(x) is not Value]
+
+
+def ids_in(returned: Any) -> torch.Tensor:
+    """The ids in what a method returns."""
+    found: torch.Tensor = returned if isinstance(returned, torch.Tensor) else returned.sequences
+    return found

@@ -114,6 +114,10 @@ class Keeper:
             value = value.to(self._asked.dtype)
         return recorder.body.node_of(value)
 
+    def void(self, why: str) -> None:
+        """Its block does not run."""
+        self._cache.void(f"it {why}")
+
     # -- when it has run ---------------------------------------------------------------------------------------------
 
     @property

@@ -20,8 +20,9 @@ from fxsight.prompted import Prompted
 from fxsight.prompts import Prompts
 from fxsight.rename import Rename
 from fxsight.repertoire import Repertoire
-from fxsight.running import BACKENDS
+from fxsight.running import BACKENDS, check_inputs
 from fxsight.tokens import Tokens
+from fxsight.value import values_in
 
 
 class Generator:
@@ -174,6 +175,9 @@ class LanguageModel(Model):
         if not trace and not has_prompt:
             raise TraceError("generate needs a prompt: model.generate('Hello', max_new_tokens=3, trace=False)")
         self.dispatch()
+        check_inputs((args, kwargs))
+        for value in values_in((args, kwargs)):  # of an earlier trace of the session
+            value.cell.recorder.force()
         call = self._inputs.prepare(args, {}) if has_prompt else None
         prompts = Prompted(call, kwargs, self._inputs)
         if not trace and not self._edits and backend != "inductor":

@@ -72,15 +72,19 @@ class Prompted(Batch):
         """
         self._inputs.check(known.program, self.joined)
 
+    def beams(self, module: Any) -> int:
+        """How many beams there are for each prompt."""
+        given = self.call[1]
+        places = (given, vars(given.get("generation_config") or object), vars(module.generation_config))
+        return next((int(place["num_beams"]) for place in places if place.get("num_beams") is not None), 1)
+
     def check_order(self, module: Any) -> None:
         """Whether a row is of the same prompt at each step.
 
         Raises: TraceError for beams.
         """
-        given = self.call[1]
-        places = (given, vars(given.get("generation_config") or object), vars(module.generation_config))
-        beams = next((place["num_beams"] for place in places if place.get("num_beams") is not None), 1)
-        if beams > 1 or given.get("custom_generate") is not None:
+        beams = self.beams(module)
+        if beams > 1 or self.call[1].get("custom_generate") is not None:
             said = f"num_beams={beams}" if beams > 1 else "custom_generate"
             raise TraceError(
                 f"an invoke with a prompt, and {said}: rows change their places from step to step, so none of them "

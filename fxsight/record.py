@@ -120,6 +120,7 @@ class Recorder:
         self.unreached = ""  # why the block did not run at all
         self.rows: Rows | None = None
         self.on_edit: Callable[[Location, fx.Node], None] = lambda location, node: None
+        self.on_stop: Callable[[], None] = lambda: None
         self.on_row: Callable[[Value, int], None] = lambda value, key: None
         self.force: Callable[[], None] = lambda: None
         self.given: Callable[[], Sequence[Any]] = tuple  # the leaves of the inputs
@@ -423,6 +424,7 @@ class Recorder:
         """The forward ends where this value is there: of two stops the earlier."""
         if self.in_dead_branch:
             return
+        self.on_stop()
         times = [state.location.since for state, _ in cell.root.handles if isinstance(state, State)]
         time = max([*times, *self.needed_times(self.body.current(cell))], default=0.0)
         self.body.seen.add(cell.node)

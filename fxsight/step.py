@@ -16,6 +16,7 @@ from fxsight.book import SizeRef
 from fxsight.captures import Captures
 from fxsight.cursor import Cursor
 from fxsight.edit import Edit
+from fxsight.effects import changes_inputs
 from fxsight.encoder import BEFORE
 from fxsight.errors import CausalityError, FirstCallWarning, NeedsValueError, NotExecuted, TraceError, UnknownAddress
 from fxsight.inputs import PLAIN
@@ -63,8 +64,21 @@ class Around(Protocol):
         """Something is read or written."""
         ...
 
-    def first_call(self) -> Call | None:
-        """The call of step 0 with its real inputs; None where it cannot be known before it is made."""
+    @property
+    def count(self) -> int:
+        """How many steps there are at most."""
+        ...
+
+    def call_of(self, number: int) -> Call | None:
+        """The call of a step with its real inputs, before it is made; None where it is not known in the block."""
+        ...
+
+    def stop_at(self, number: int) -> None:
+        """A step is the last."""
+        ...
+
+    def is_last(self, number: int) -> bool:
+        """Whether the generation ends at a step."""
         ...
 
     def check_repeats(self, address: Address) -> None:
@@ -92,7 +106,7 @@ class Step(Tracer):
         super().__init__(captures, None, around.backend, PLAIN, edits)
         self._around, self.number, self._step = around, number, known
         self._is_replaying = False
-        self._closed = False
+        self._is_closed = self._is_complete = False
         self._constants: Sequence[torch.Tensor] = ()
         self._output: Sequence[Any] = ()
         self._returned = known.returned
@@ -140,6 +154,8 @@ class Step(Tracer):
         """The recorder, of a step of this generation."""
         recorder = super().begin_recorder()
         recorder.series = (self._around, self.number)
+        recorder.alive = []
+        recorder.on_stop = partial(self._around.stop_at, self.number)
         check = recorder.on_edit
 
         def on_edit(location: Location, node: fx.Node) -> None:
@@ -161,7 +177,7 @@ class Step(Tracer):
             self._is_replaying = False
 
     def _warn_of_first(self, address: Address) -> None:
-        if self.number or self._is_replaying or not self._around.cursor.is_plain:
+        if self.number or self._around.count == 1 or self._is_replaying or not self._around.cursor.is_plain:
             return
         line = user_line()
         file, _, number = line.rpartition(":")
@@ -208,16 +224,30 @@ class Step(Tracer):
         return tuple(sorted(names & set(self._sizes)))
 
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
-        """The numbers of some nodes, now: of step 0, which depends on the prompt alone."""
-        call = None if self.number else self._around.first_call()
-        if call is None or self._step.leaves(call) is None:
+        """The numbers of some nodes, now: the generation is held before this step."""
+        call = self._around.call_of(self.number)
+        leaves = None if call is None else self._step.leaves(call)
+        if call is None or leaves is None:
             raise NeedsValueError(
-                f"{user_line()}: a number of {self.title} is needed, and it has not been generated yet; use "
-                "torch.where, a condition on the step, or look at it after the block"
+                f"{user_line()}: a number of {self.title} is needed, and it is not known in the block: the generation "
+                "has ended before, or has beams or a cache of yours; use torch.where, a condition on the step, or look "
+                "at it after the block"
             )
+        if changes_inputs(self._captured):
+            call = self._step.tree.build([x.clone() if isinstance(x, torch.Tensor) else x for x in leaves])
         self._batch = Batch([call], False, PLAIN)
         with torch.no_grad():
             return super()._demand(nodes)
+
+    def held(self) -> list[Value]:
+        """The values of this step that somebody still holds; they are plain tensors when it has run."""
+        recorder = self.recorder
+        refs = [*self._walk.release(), *(recorder.alive or [])]
+        if recorder.alive is not None:
+            recorder.alive.clear()
+        found = {id(value): value for value in (ref() for ref in refs) if value is not None}
+        refs.clear()  # a tensor with weak references cannot become another
+        return [value for value in found.values() if not recorder.why_unset(value.cell)]
 
     # -- invokes -----------------------------------------------------------------------------------------------------
 
@@ -265,7 +295,11 @@ class Step(Tracer):
 
     def close(self) -> None:
         """The body has ended."""
-        walk = self._walk
+        if self._is_closed:
+            return
+        self._is_closed, walk = True, self._walk
+        if self._around.is_last(self.number):
+            self._returned = None
         finish = walk.step.finish if walk.fast and walk.step is not None else None
         if finish is not None:
             self._finished, self._constants = finish, walk.constants(finish)
@@ -281,12 +315,17 @@ class Step(Tracer):
             place = self.captures.places(self._captured).find(Address(""))
             found = self._places.locations(place, "output")[1]
             self._kept.append(self._returned.save(partial(self._node, recorder, found)))
-        self._closed = True
+        self._is_complete = True
 
     def _node(self, recorder: Recorder, found: Sequence[Location | None], number: int) -> fx.Node:
         location = found[number]
         assert location is not None, "what a module returns is a value of the graph"
         return recorder.node_at(location, "")
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether nothing is returned, though the module does."""
+        return self._returned is None and self._step.returned is not None
 
     @property
     def foreign(self) -> list[Value]:
@@ -311,7 +350,7 @@ class Step(Tracer):
             for value in self.foreign:
                 raise not_saved(value.cell)
             self.run(wanted)
-            if self._executable is not None and not self._updates and not self.is_decided:
+            if self._executable is not None and not self._updates and not self.is_decided and not self._is_cut:
                 self._walk.remember(self._executable, self._written.constants, self._numbers)
         output = None
         if self._returned is not None:
@@ -352,10 +391,10 @@ class Step(Tracer):
                 f"{self.title} of this generation has other sizes than it was written for ({changed}), and its "
                 "body depends on them"
             )
-        if program is not self._captured:
+        if program is not self._captured and self._returned is not None:
             self._returned = Returned(program)
         self._go_on(recorder, program, sizes)
-        if not self._closed:
+        if not self._is_complete:
             self._complete()
 
     def _go_on(self, recorder: Recorder, program: Program, sizes: Mapping[str, int]) -> None:
@@ -373,6 +412,8 @@ class Step(Tracer):
         """It does not run: what it keeps stays unset."""
         recorder = self._written
         recorder.unreached = why
+        for keeper in self._keepers:
+            keeper.void(why)
         recorder.phase = "done"
         self.end()
 

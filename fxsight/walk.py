@@ -11,6 +11,7 @@ body is simply recorded.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -319,6 +320,13 @@ class Walk:
         """What follows is recorded and not remembered."""
         self.settle()
         self.live, self.step = False, None
+
+    def release(self) -> list[weakref.ref[Value]]:
+        """Leave; values are kept no longer than somebody holds them.  Returns: what leads to those that are."""
+        self.leave()
+        refs = [weakref.ref(value) for value in self.values]
+        self.values, self._log, self._dressed = [], [], []
+        return refs
 
     def leave_for(self, what: str, given: tuple[Any, ...]) -> Any:
         """Leave with a statement."""
