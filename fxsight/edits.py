@@ -31,6 +31,7 @@ class Edits(Sequence[Edit]):
     def __init__(self, edits: Iterable[Edit] = ()) -> None:
         self._edits = tuple(edits)
         self._calls: OrderedDict[Any, PlainCall] = OrderedDict()
+        self.placed: set[Intervention] = set()  # those that are made in graphs of torch.compile's
 
     def __getitem__(self, number: Any) -> Any:
         return self._edits[number]
@@ -78,6 +79,7 @@ class Edits(Sequence[Edit]):
         """None from here on."""
         self._edits = ()
         self._calls.clear()
+        self.placed.clear()
 
     # -- the plain call ----------------------------------------------------------------------------------------------
 

@@ -86,6 +86,9 @@ def test_a_wheel_holds_fxsight_and_nothing_else(tmp_path: Path) -> None:
     code = "import fxsight.passes; print(fxsight.passes.__file__)"
     found = python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
     assert found.stdout == f"{target / 'fxsight' / 'passes' / '__init__.py'}\n", found.stderr
+    code = "from importlib.metadata import entry_points as e; print(e(group='torch_dynamo_backends', name='fxsight'))"
+    found = python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    assert "value='fxsight.backend:backend'" in found.stdout, found.stderr
     code = "import fxsight.compat.nnsight as nnsight; print(nnsight.NNsight.__module__)"
     found = python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
     assert found.stdout == "fxsight.compat.nnsight\n", found.stderr
