@@ -281,6 +281,17 @@ def symbolic_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
 
 
+def numbers_of_tensors(mode: FakeTensorMode) -> AbstractContextManager[Any]:
+    """While operators run on fake values: the number of a tensor is a symbol, and a result of none of them.
+
+    Reason: a compiler asks where each new symbol comes from, and is told by the graph (``ShapeEnv``, 2.3+).
+    """
+    env = mode.shape_env
+    assert env is not None
+    found: AbstractContextManager[Any] = env.ignore_fresh_unbacked_symbols()
+    return found
+
+
 def symbolic(mode: FakeTensorMode, tensor: torch.Tensor, free: list[bool]) -> torch.Tensor:
     """The fake twin of a tensor whose dimensions marked ``free`` are symbols; equal numbers are one symbol."""
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext

@@ -236,9 +236,8 @@ class Captures:
             def make(wanted: Intervention) -> Executable:
                 return self._executable(pipeline_for(wanted, joint=joint)(program), wanted, constants, tier)
 
-            lifts = joint is None and tier == "eager"
             with waiting():
-                found = self._served.find(id(program), asked, make) if lifts else make(asked)
+                found = self._served.find((id(program), tier), asked, make) if joint is None else make(asked)
             self._executables[key] = found
             if len(self._executables) > KEPT:
                 self._executables.popitem(last=False)

@@ -73,7 +73,7 @@ def propagate(module: fx.GraphModule, mode: Any, example: Sequence[Any]) -> list
             return result
 
     try:
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, _torch.numbers_of_tensors(mode):
             return list(Propagate(module).run(*example))
     except _torch.NeedsData as error:
         raise _needs_numbers(error) from error

@@ -19,6 +19,7 @@ from fxsight.errors import TraceError
 from fxsight.program import Program
 from fxsight.regions import Region, cut, whole
 from fxsight.straight import straight
+from fxsight.varying import Varying, number_places
 
 Tier = Literal["eager", "inductor"]
 
@@ -68,10 +69,18 @@ class Lowering:
         Raises: InputError where a size depends on numbers and the tier is inductor.
         """
         if self._lowered is None:
-            pieces = _one if self.is_whole else cut
-            self._lowered = by_regions(self._program, arguments, self._fixed, self._artifacts, pieces)
+            self._lowered = self._compiled(arguments)
         self.calls += 1
         return self._lowered(*arguments)
+
+    def _compiled(self, arguments: Sequence[Any]) -> Lowered:
+        pieces = _one if self.is_whole else cut
+
+        def compile_it(program: Program, given: Sequence[Any]) -> Lowered:
+            return by_regions(program, given, self._fixed, self._artifacts, pieces)
+
+        has_numbers = bool(number_places(self._program))
+        return Varying(self._program, compile_it) if has_numbers else compile_it(self._program, arguments)
 
     def compile_whole(self) -> None:
         """From the next run on, compiled in one piece: minutes for a large program, and the fastest runs after it.
