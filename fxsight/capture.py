@@ -6,6 +6,7 @@ same order as the module, so that its numbers are the module's own, bit for bit.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -140,7 +141,7 @@ def _plans(module: nn.Module, given: list[Any], is_step: bool) -> Iterator[Plan]
     tensors = tuple(int(t) if isinstance(t, int) else t for t in given)
     examples = tuple(map(_pair, tensors)) if rows == {1} else tensors  # a batch of one is shown as a batch of two
     free, outer = tuple(_dims(t, 9, is_step) for t in given), tuple(_dims(t, 2, is_step) for t in given)
-    if is_step:  # models over caches choose their kernels by it
+    if is_step or _asks_of_export(module):  # a model over a cache chooses its kernels by it
         yield Plan(examples, free, noticed=False)
         yield Plan(tensors, free, noticed=False)
     yield Plan(examples, free)
@@ -150,6 +151,17 @@ def _plans(module: nn.Module, given: list[Any], is_step: bool) -> Iterator[Plan]
         yield Plan(examples, outer, patched=True)
         yield Plan(tensors, outer, patched=True)
     yield Plan(tensors, tuple(None if isinstance(t, int) else {} for t in given))
+
+
+# In the file of a model of transformers: its code has another way for exports, with other bits (the gated delta rules),
+# or is given a mask only then (attention to both sides), and is causal without.
+_CHOOSING = frozenset(("is_torchdynamo_exporting", "create_bidirectional_sliding_window_mask"))
+
+
+def _asks_of_export(module: nn.Module) -> bool:
+    """Whether a part does something else when it is told that it is exported."""
+    names = {type(part).__module__ for part in module.modules()}
+    return any(not _CHOOSING.isdisjoint(vars(sys.modules[name])) for name in names if name in sys.modules)
 
 
 def is_free(leaf: Any) -> bool:

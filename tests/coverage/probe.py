@@ -100,7 +100,8 @@ def _parts(model: Any, net: nn.Module) -> tuple[list[str], list[str]]:
     for block in blocks:
         names = [n for n, _ in net.get_submodule(block).named_modules() if n and f"{block}.{n}" in called]
         found = next((n for n in names if MIXER.search(n.rpartition(".")[2]) and "norm" not in n.lower()), None)
-        below = [n for n in names if found is not None and n.startswith(f"{found}.")]
+        found = "" if MIXER.search(block.split(".")[-2]) else found  # a list of mixers
+        below = [n for n in names if found is not None and n.startswith(f"{found}." if found else "")]
         last = next(
             (
                 n

@@ -46,11 +46,27 @@ SMALL: dict[str, int] = {
 _HEADS = {"num_key_value_heads": 4}  # latent attention has as many keys as queries
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+_ASSISTS = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "vocab_size": 128},
+    **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "sliding_window": 4},
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_ADAPTER = {"adapter_out_dim": 32}
+_LOCAL = {"encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32}}
+_TWICE = {"attention_hidden_size": 64, "attention_head_dim": 16}
+_SHARED = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, **_TWICE}
+_INDEXED = {
+    **_HYBRID,
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8},
+    **{"indexer_compress_ratio": 2, "hc_lowrank": 8},
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 RECIPES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _HEADS),
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "dots3_note", "dots3_note_text"), _HEADS),
-    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "bailing_hybrid"), _HYBRID),
-    **{kind: {"text_config": _HYBRID} for kind in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")},
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), _HYBRID),
+    **{kind: {"text_config": _HYBRID} for kind in ("qwen3_5", "qwen3_5_moe")},
     **{kind: {"rotary_dim": 4} for kind in ("codegen", "gptj")},
     **{kind: {"head_dim": 8} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "deepseek_v2": {**_HEADS, "topk_group": 1, "n_group": 1},
@@ -64,10 +80,42 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
-    "reformer": {"is_decoder": True},
+    **{kind: {"num_codebooks": 4} for kind in ("musicgen", "musicgen_melody")},
+    "gemma4_assistant": {
+        "backbone_hidden_size": 32,
+        "text_config": {**_ASSISTS, "num_kv_shared_layers": 4, "model_type": "gemma4_text"},
+    },
+    "gemma4_unified_assistant": {
+        "backbone_hidden_size": 32,
+        "text_config": {**_ASSISTS, "model_type": "gemma4_unified_text"},
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "youtu": _HEADS,
+    "dots3_note": {
+        "text_config": _HEADS,
+        "audio_config": {"num_key_value_heads": 4, **_ADAPTER, "downsample_hidden_size": 16, "adapter_input_size": 32},
+        "vision_config": {**_ADAPTER, "adapter_in_dim": 32, "mlp_layer_types": ["dense"] * 2},
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "zaya": {"num_experts_per_tok": 1, "num_experts": 4},
+    "xmod": {"default_language": "en_XX"},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "use_cache": False, **_LOCAL},
+    "zamba": _SHARED,
+    "zamba2": {**_SHARED, "intermediate_size": 64, "num_key_value_heads": 4},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "qwen4_exp_text": _INDEXED,
+    "qwen4_exp": {"text_config": _INDEXED},
 }
+# Whose causal language model takes the config of its decoder.
+DECODERS = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder"}
+RECIPES["deepseek_v2"]["num_experts_per_tok"] = 2
+RECIPES["bailing_hybrid"] = {**_HYBRID, **_HEADS, "num_key_value_heads": 4}
 
 
 def names() -> dict[str, str]:
@@ -81,11 +129,10 @@ def small_config(kind: str) -> Any:
     """The config of a small model of a type."""
     from transformers import CONFIG_MAPPING
 
-    return _small(CONFIG_MAPPING[kind], RECIPES.get(kind, {}))
+    return _small(CONFIG_MAPPING[DECODERS.get(kind, kind)], RECIPES.get(kind, {}))
 
 
 def _small(cls: Any, more: dict[str, Any]) -> Any:
-    given = {k: v for k, v in more.items() if not isinstance(v, dict)}
     try:
         usual = cls()
     except Exception:  # it has no usual form: the recipe says all
@@ -101,7 +148,7 @@ def _small(cls: Any, more: dict[str, Any]) -> Any:
         for name, part in vars(usual).items()
         if hasattr(part, "to_dict") and hasattr(part, "model_type")
     }
-    return cls(**{**parts, **sizes, **given})
+    return cls(**{**parts, **sizes, **{name: value for name, value in more.items() if name not in parts}})
 
 
 def make(kind: str) -> nn.Module:
@@ -109,18 +156,33 @@ def make(kind: str) -> nn.Module:
 
     Raises: ValueError when it is not small.
     """
-    from transformers import AutoModelForCausalLM
-
     config = small_config(kind)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(p.numel() for p in _made(kind, config).parameters())
     if size > 20_000_000:
         raise ValueError(f"not small: {size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+    return _made(kind, config).float().eval()
+
+
+def _made(kind: str, config: Any) -> nn.Module:
+    import transformers
+
+    made: Any = getattr(transformers, names()[kind])._from_config if kind in DECODERS else None
+    made = transformers.AutoModelForCausalLM.from_config if made is None else made
+    return made(config, dtype=torch.float32)  # type: ignore[no-any-return]
 
 
 def inputs(kind: str, batch: int, length: int) -> dict[str, Any]:
-    """Token ids."""
+    """Token ids, or what the architecture takes instead."""
     generator = torch.Generator().manual_seed(batch * 100 + length)
-    return {"input_ids": torch.randint(4, 100, (batch, length), generator=generator)}
+    if kind.endswith("_assistant"):  # drafts for a larger model, whose embeddings and keys it is given
+        keys = {layers: torch.randn(2, batch, 2, length, 8, generator=generator).unbind() for layers in _LAYERS}
+        embeds = torch.randn(batch, length, 64, generator=generator)
+        positions = torch.arange(length).expand(batch, length)
+        return {"inputs_embeds": embeds, "shared_kv_states": keys, "position_ids": positions}
+    rows = batch * 4 if kind in DECODERS else batch  # one row for each of 4 codebooks
+    return {"input_ids": torch.randint(4, 100, (rows, length), generator=generator)}
+
+
+_LAYERS = ("full_attention", "sliding_attention")

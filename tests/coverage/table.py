@@ -22,22 +22,25 @@ by our recipes or do not run so, which says nothing about them; {broken} cannot 
 |---|---|---|---|---|---|
 """
 _UNMADE = ("config", "plain forward", "parts")
+_ROW = re.compile(r"^\| (?!model type)(\S+) (\| .*\|\n)", re.M)
 
 
-def table(reports: Sequence[dict[str, Any]]) -> str:
-    """The page."""
+def table(reports: Sequence[dict[str, Any]], page: str = "") -> str:
+    """The page.  page: what it was; rows of architectures without a report stay."""
     import transformers
 
-    works = sum(not report["fails"] for report in reports)
-    unmade = sum(report["fails"] in _UNMADE for report in reports)
+    found = dict(_ROW.findall(page)) | {str(report["kind"]): _line(report) for report in reports}
+    results = [line.rstrip(" |\n").rpartition(" | ")[2] for line in found.values()]
+    works = sum(result.startswith("works") for result in results)
+    unmade = sum(result.startswith(_UNMADE) for result in results)
     head = _HEAD.format(
         version=transformers.__version__,
-        count=len(reports),
+        count=len(found),
         works=works,
         unmade=unmade,
-        broken=len(reports) - works - unmade,
+        broken=len(found) - works - unmade,
     )
-    return head + "".join(map(_line, sorted(reports, key=lambda report: str(report["kind"]))))
+    return head + "".join(f"| {kind} {line}" for kind, line in sorted(found.items()))
 
 
 def _line(report: dict[str, Any]) -> str:
@@ -45,7 +48,7 @@ def _line(report: dict[str, Any]) -> str:
     seconds = f"{report['seconds']} s" if report.get("seconds") else ""
     said = "works" + (", again" if report.get("captures", 1) > 1 else "")
     result = f"{report['fails']}: {_short(report.get('cause', ''))}" if report["fails"] else said
-    return f"| {report['kind']} | {' | '.join(found)} | {seconds} | {result} |\n"
+    return f"| {' | '.join(found)} | {seconds} | {result} |\n"
 
 
 def _short(cause: str) -> str:
