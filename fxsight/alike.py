@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from fxsight.bits import Known, narrow_exactly
@@ -27,7 +28,7 @@ class Written(Protocol):
     @property
     def asked(self) -> Intervention: ...
 
-    @property
+    @cached_property
     def outline(self) -> Outline: ...
 
     @property

@@ -127,7 +127,7 @@ def _holding(
     raise refused
 
 
-def met(guards: Iterable[Any], numbers: Mapping[Any, int]) -> bool:
+def met(guards: Iterable[Any], numbers: Mapping[Any, Any]) -> bool:
     """Whether all conditions hold for sizes that are these numbers; a size without a number: not."""
     try:
         return all(guard.xreplace(numbers) == True for guard in guards)  # noqa: E712
@@ -135,7 +135,7 @@ def met(guards: Iterable[Any], numbers: Mapping[Any, int]) -> bool:
         return False
 
 
-def _numbers(sizes: Mapping[str, int]) -> Mapping[Any, int]:
+def _numbers(sizes: Mapping[str, int]) -> Mapping[Any, Any]:
     return {symbol(name): sympy.Integer(size) for name, size in sizes.items()}
 
 

@@ -134,13 +134,13 @@ class NNsight(Model, Envoy):
         _check_local(remote)
         return super().trace(*args, **kwargs)
 
-    def session(self, remote: Any = False, blocking: Any = True) -> Session:
+    def session(self, share: Any = True, *, remote: Any = False, blocking: Any = True) -> Session:
         """``Model.session``.
 
         Raises: TraceError for ``remote``: there is no service to run on yet.
         """
         _check_local(remote)
-        return super().session()
+        return super().session(share)
 
 
 class LanguageModel(NNsight, fxsight.LanguageModel):
