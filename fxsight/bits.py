@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsight.node import binding_of, tensor_spec
-from fxsight.passes.narrow_reads import Move, NarrowReads, moves, needs_layout, row_arguments
+from fxsight.gradient import backward, gradient
+from fxsight.node import binding_of, is_tensor, tensor_spec
+from fxsight.passes.narrow_reads import Move, NarrowReads, is_view, moves, needs_layout, row_arguments
 from fxsight.program import Program
 from fxsight.spec import SizeSpec
 
@@ -26,24 +27,68 @@ ROWS = (1, 2, 4, 8, 16)
 def narrow_exactly(program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> Program:
     """The program with ``NarrowReads`` as far as, for inputs of these sizes, each operator gives the same bits.
 
-    With the fewest rows for which all do (matrix products of few rows have kernels of their own); where there are none,
-    without the operators that do not.
     weight: a parameter or buffer by name.  known: what has been tried; filled.
     """
-    found = moves(program.graph, NarrowReads())
-    if not found:
-        return program
+    asked = narrowing(program, sizes, weight, known)
+    return program if asked is None else asked(program)
+
+
+def narrowing(program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> NarrowReads | None:
+    """The pass that does so; None where nothing is left to narrow. Where gradients flow, they have the same bits, too.
+
+    With the fewest rows for which all do (matrix products of few rows have kernels of their own); where there are none,
+    without the operators that do not. With backward passes one row: sizes such as ``Min(4, length)`` take too long.
+    """
+    choices = (1,) if any(n.target is backward for n in program.graph.nodes) else ROWS
+    but = added_up(program.graph)
+    found = moves(program.graph, NarrowReads(but=but))
+    if all(is_view(program.nodes[move.node]) for move in found):
+        return None  # nothing is computed
     wrong: tuple[str, ...] = ()
-    for rows in ROWS:
+    for rows in choices:
         wrong = _wrong(program, found, rows, sizes, weight, known)
         if not wrong:
-            return NarrowReads(rows)(program)
-    but: tuple[str, ...] = ()
+            return NarrowReads(rows, but)
     while wrong:
         but += wrong
         found = moves(program.graph, NarrowReads(but=but))
-        wrong = _wrong(program, found, ROWS[-1], sizes, weight, known)
-    return NarrowReads(ROWS[-1], but)(program)
+        wrong = _wrong(program, found, choices[-1], sizes, weight, known)
+    return NarrowReads(choices[-1], but) if found else None
+
+
+def is_exact(program: Program, asked: NarrowReads, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> bool:
+    """Whether the pass gives the same bits for inputs of these sizes, too."""
+    return not _wrong(program, moves(program.graph, asked), asked.rows, sizes, weight, known)
+
+
+def differentiated(graph: fx.Graph) -> set[fx.Node]:
+    """The values through which gradients flow in a program with backward passes that are not written out yet."""
+    passes: list[Any] = [n.args for n in graph.nodes if n.target is backward]
+    found = {n for args in passes for n in (*args[6], *args[7])}
+    for node in graph.nodes if passes else ():
+        if node.target is gradient:
+            found.add(node.args[0])
+    for node in graph.nodes if passes else ():
+        if node.op == "call_function" and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def added_up(graph: fx.Graph) -> tuple[str, ...]:
+    """Operators whose gradients are sums over rows, in another order for fewer of them; all, where gradients are
+    differentiated again."""
+    flows = differentiated(graph)
+    twice = any(n.target is backward and n.args[5][1] for n in graph.nodes)
+    return tuple(n.name for n in flows if n.op == "call_function" and (twice or _adds_up(n, flows)))
+
+
+def _adds_up(node: fx.Node, flows: set[fx.Node]) -> bool:
+    """Whether an argument without rows has a gradient: one that is smaller than the result, or a weight."""
+    given = [a for a in node.all_input_nodes if a in flows]
+    if needs_layout(node) or node.target is torch.ops.aten.layer_norm.default:
+        return any(a is not node.args[0] for a in given)
+    shape = tensor_spec(node).shape if is_tensor(node) else ()
+    return any(is_tensor(a) and tensor_spec(a).shape != shape for a in given)
 
 
 def _wrong(
@@ -58,9 +103,10 @@ def same_bits(node: fx.Node, move: Move, sizes: Sizes, weight: Callable[[str], A
     """Whether the operator on the rows that are kept gives the bits that they have in the whole."""
     if any(isinstance(a.meta.get("spec"), SizeSpec) for a in node.all_input_nodes):
         return False
-    key = (node.target, _about(node, sizes), move.dim, move.start, move.end, torch.get_num_threads())
+    flows = node in differentiated(node.graph)
+    key = (node.target, _about(node, sizes), move.dim, move.start, move.end, torch.get_num_threads(), flows)
     if key not in known:
-        known[key] = _try(node, move, sizes, weight)
+        known[key] = _try(node, move, sizes, weight, flows)
     return known[key]
 
 
@@ -75,7 +121,7 @@ def _kind(node: fx.Node, sizes: Sizes) -> Any:
     return spec.dtype, spec.shape, spec.stride, spec.device
 
 
-def _try(node: fx.Node, move: Move, sizes: Sizes, weight: Callable[[str], Any]) -> bool:
+def _try(node: fx.Node, move: Move, sizes: Sizes, weight: Callable[[str], Any], flows: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     values = {a: _value(a, sizes, weight, generator) for a in node.all_input_nodes}
     rank = len(tensor_spec(node).shape)
@@ -83,9 +129,36 @@ def _try(node: fx.Node, move: Move, sizes: Sizes, weight: Callable[[str], Any]) 
     parts = {a: _rows_of(v, move.dim - rank + v.ndim, move) if a in rows else v for a, v in values.items()}
     if needs_layout(node):
         parts = {a: v.contiguous() if a in rows else v for a, v in parts.items()}
+    if flows:
+        return _try_gradients(node, move, values, parts, [a for a in rows if values[a].dtype.is_floating_point])
     with torch.no_grad():
         whole, part = (_call(node, given) for given in (values, parts))
     return torch.equal(_rows_of(whole, move.dim, move), part)
+
+
+def _try_gradients(
+    node: fx.Node, move: Move, values: Mapping[fx.Node, Any], parts: Mapping[fx.Node, Any], rows: Sequence[fx.Node]
+) -> bool:
+    """Whether the results, and the gradients of the arguments with rows, have the bits that they have in the whole."""
+    found: list[tuple[torch.Tensor, ...]] = []
+    for given in (values, parts):
+        with torch.enable_grad():
+            own = {
+                a: v.detach().requires_grad_(a in rows) if isinstance(v, torch.Tensor) else v for a, v in given.items()
+            }
+            result = _call(node, own)
+            kept = _rows_of(result, move.dim, move) if given is values else result
+            generator = torch.Generator().manual_seed(1)
+            seed = torch.randn(kept.shape, generator=generator).to(kept)
+            found.append((kept.detach(), *torch.autograd.grad(kept, [own[a] for a in rows], seed)))
+    (whole, *gradients), (part, *others) = found
+    rank, same = whole.ndim, torch.equal(whole, part)
+    for one, other in zip(gradients, others, strict=True):
+        mine = _rows_of(one, move.dim - rank + one.ndim, move)
+        same = same and torch.equal(mine, other)
+        mine.zero_()
+        same = same and not one.any()
+    return same
 
 
 def _rows_of(value: torch.Tensor, dim: int, move: Move) -> torch.Tensor:

@@ -20,6 +20,7 @@ from fxsight import _torch
 from fxsight.backward import Gradients, about_gradients
 from fxsight.containers import savable
 from fxsight.errors import InputError, TextError, TraceError
+from fxsight.item import check_none
 from fxsight.mutate import SELF, ViewStep, mutate
 from fxsight.node import Origin
 from fxsight.rules import Rule, Table, rule_for
@@ -183,6 +184,8 @@ class Body:
         Raises: as ``call``.
         """
         leaves, tree = flatten((args, kwargs))
+        for leaf in leaves:
+            check_none(leaf)
         specs = [self._spec_of(leaf) for leaf in leaves]
         rule = rule_for(self._rules, func, specs, tree, lambda: [self._fake_of(leaf) for leaf in leaves], self.mode)
         if rule.needs_data:

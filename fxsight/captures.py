@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,16 +22,20 @@ from torch import nn
 from fxsight.address import Address
 from fxsight.artifacts import Artifacts
 from fxsight.attached import AttachedCalls
+from fxsight.bits import Known, narrowing
 from fxsight.capture import capture_all
 from fxsight.collector import waiting
 from fxsight.context import open_trace
 from fxsight.errors import InputError
 from fxsight.intervention import Intervention
 from fxsight.lower import Tier
+from fxsight.narrowed import Narrowed
+from fxsight.passes.joint_gradient import JointGradient
+from fxsight.passes.narrow_reads import NarrowReads
 from fxsight.passes.open_fused import open_above
 from fxsight.passes.use_known import UseKnown
 from fxsight.past import Count
-from fxsight.pipeline import demand_pipeline, joint_for, pipeline_for
+from fxsight.pipeline import demand_pipeline, joint_for, pipeline_for, woven_pass
 from fxsight.place import Places
 from fxsight.program import Program
 from fxsight.progress import Progress
@@ -90,6 +95,7 @@ class Captures:
         self._programs: dict[Any, list[Program]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._served = Served(KEPT)
+        self._tried: Known = {}
         self._places: dict[int, Places] = {}
         self._watch: Watch | None = None
         self._found: dict[Any, Found] = {}
@@ -234,7 +240,11 @@ class Captures:
         if found is None:
 
             def make(wanted: Intervention) -> Executable:
-                return self._executable(pipeline_for(wanted, joint=joint)(program), wanted, constants, tier)
+                if joint is not None and tier == "eager":
+                    return self._with_gradients(program, wanted, constants, joint)
+                narrow = NarrowReads() if tier == "inductor" else None
+                finished = pipeline_for(wanted, joint=joint, narrow=narrow)(program)
+                return self._executable(finished, wanted, constants, tier)
 
             with waiting():
                 found = self._served.find((id(program), tier), asked, make) if joint is None else make(asked)
@@ -244,11 +254,36 @@ class Captures:
         self._executables.move_to_end(key)
         return found
 
-    def _executable(
-        self, finished: Program, asked: Intervention, constants: Sequence[torch.Tensor], tier: Tier, keeps: bool = True
+    def _with_gradients(
+        self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], joint: JointGradient
     ) -> Executable:
-        fixed, is_joint = dict(asked.sizes), bool(asked.backwards)
-        return Executable(finished, self.module, constants, tier, fixed, self.artifacts, self.lock, is_joint, keeps)
+        """Bit for bit, and only what is read: tried for the present sizes, and again for others."""
+
+        def whole(sizes: Mapping[str, int]) -> Executable:
+            finished = pipeline_for(asked, joint=joint_for(asked, sizes))(program)
+            return self._executable(finished, asked, constants, "eager")
+
+        woven = woven_pass(asked)(program)
+        narrow = narrowing(woven, joint.sizes, self.weight, self._tried)
+        if narrow is None:
+            return whole(joint.sizes)
+        finished = pipeline_for(asked, joint=joint, narrow=narrow)(program)
+        narrowed = Narrowed(woven, narrow, partial(bind_sizes, program), self.weight, whole, self._tried)
+        return self._executable(finished, asked, constants, "eager", narrowed=narrowed)
+
+    def _executable(
+        self,
+        finished: Program,
+        asked: Intervention,
+        constants: Sequence[torch.Tensor],
+        tier: Tier,
+        keeps: bool = True,
+        narrowed: Narrowed | None = None,
+    ) -> Executable:
+        fixed, is_joint, module = dict(asked.sizes), bool(asked.backwards), self.module
+        return Executable(
+            finished, module, constants, tier, fixed, self.artifacts, self.lock, is_joint, keeps, narrowed
+        )
 
     def opened(self, program: Program, address: Address) -> Program:
         """The program with what is fused above the address opened; remembered.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxsight.errors import InputError, nearest
+from fxsight.plot import as_text, draw, sides
 from fxsight.tree import LEAF, Tree
 
 Labels = Mapping[str, tuple[Any, ...]]
@@ -75,6 +76,22 @@ class Grid:
         axes = {name: x for (name, x), i in zip(self.axes.items(), index, strict=True) if isinstance(i, slice)}
         return Grid(axes, self.tree, [x[index] for x in self.leaves], self.done[index], self.mode, self.plan)
 
+    def map(self, function: Callable[[Any], Any]) -> Grid:
+        """Another value for each cell: ``grid.map(lambda value: value.sum(0))`` adds prompts up.
+
+        function: of what a cell returns; it returns a tensor, of one shape for all cells.
+
+        Raises: InputError where the shapes differ.
+        """
+        count = len(self.axes)
+        flat = [leaf.flatten(0, count - 1) if count else leaf[None] for leaf in self.leaves]
+        made = [function(self.tree.build([leaf[i] for leaf in flat])) for i in range(self.done.numel())]
+        shapes = dict.fromkeys(tuple(x.shape) for x in made)
+        if len(shapes) > 1:
+            raise InputError(f"the cells would have shapes {', '.join(str(list(s)) for s in shapes)}")
+        values = torch.stack(made).reshape(*self.done.shape, *made[0].shape)
+        return Grid(self.axes, LEAF, [values], self.done, self.mode, self.plan)
+
     def _number(self, name: str, label: Any) -> int:
         labels = self.axes[name]
         if label not in labels:
@@ -117,6 +134,23 @@ class Grid:
             raise ImportError("to_dataframe needs pandas: pip install pandas; to_records() needs nothing") from None
         make: Callable[[Any], Any] = pandas.DataFrame  # pyright: ignore
         return make(self.to_records())
+
+    # -- pictures ----------------------------------------------------------------------------------------------------
+
+    def plot(self, axes: Any = None) -> Any:
+        """A heat map with matplotlib, of a grid with two sides of more than one; ``axes``: where to draw it.
+
+        Returns: the ``Axes`` of matplotlib.
+        Raises: ImportError without matplotlib; InputError for a grid with more sides.
+        """
+        return draw(*sides(self.values, list(self.axes.items())), axes)
+
+    def to_text(self) -> str:
+        """The same heat map as text: shades, and a minus before those below zero.
+
+        Raises: InputError for a grid with more than two sides of more than one.
+        """
+        return as_text(*sides(self.values, list(self.axes.items())))
 
     def __repr__(self) -> str:
         axes = " × ".join(f"{name} {len(labels)}" for name, labels in self.axes.items()) or "one cell"

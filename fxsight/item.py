@@ -69,11 +69,16 @@ class Item:
     def __hash__(self) -> int:
         return id(self)
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise NeedsValueError(_UNKNOWN)
+
     def _unknown(self) -> NoReturn:
-        raise NeedsValueError(
-            "an item of `with session.iter(...)` is known only when the loop runs; "
-            "write `for item in session.iter(...):`, where it is a plain value"
-        )
+        raise NeedsValueError(_UNKNOWN)
+
+    def save(self) -> NoReturn:
+        """Raises: NeedsValueError: what is made of items is there in no block."""
+        self._unknown()
 
     def __bool__(self) -> bool:
         self._unknown()
@@ -92,6 +97,18 @@ class Item:
 
     def __len__(self) -> int:
         self._unknown()
+
+
+def check_none(leaf: Any) -> None:
+    """Raises: NeedsValueError for an item among the arguments of a torch call."""
+    if isinstance(leaf, Item):
+        raise NeedsValueError(_UNKNOWN)
+
+
+_UNKNOWN = (
+    "an item of `with session.iter(...)` is known only when the loop runs, and can be the input of a trace, not an "
+    "argument of a torch call; write `for item in session.iter(...):`, where it is a plain value"
+)
 
 
 def evaluate(value: Any, now: Elements) -> Any:

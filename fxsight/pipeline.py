@@ -9,6 +9,7 @@ from fxsight.passes.drop_unused import DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations
 from fxsight.passes.joint_gradient import JointGradient
+from fxsight.passes.narrow_reads import NarrowReads
 from fxsight.passes.skip_overwritten import SkipOverwritten
 from fxsight.passes.use_known import UseKnown
 from fxsight.passes.weave import Weave
@@ -20,13 +21,16 @@ def pipeline_for(
     known: UseKnown | None = None,
     joint: JointGradient | None = None,
     between: Between | None = None,
+    narrow: NarrowReads | None = None,
 ) -> Pipeline:
     """The passes that turn a captured program (fused operators already opened) into the one ``asked`` for.
 
-    known: what the body has had computed already.  joint: where the body asks for gradients.
+    known: what the body has had computed already.  joint: where the body asks for gradients.  narrow: where fewer rows
+    may be computed.
     """
     return Pipeline(
         Weave(asked, keeps=True),  # first: addresses are those of the captured program
+        *([DropUnused(), narrow] if narrow is not None else []),  # before gradients: theirs have fewer rows, too
         *([known] if known is not None else []),  # before anything is dropped that only known values needed
         *([joint] if joint is not None else []),  # before anything that only gradients need is dropped
         SkipOverwritten(),  # before what it frees is dropped
@@ -35,6 +39,11 @@ def pipeline_for(
         ExpandMutations(),  # last: from here on order matters beyond data
         between=between,
     )
+
+
+def woven_pass(asked: Intervention) -> Pass:
+    """The same up to where ``narrow`` is applied: to find out how far it may go."""
+    return Together((Weave(asked, keeps=True), DropUnused()))
 
 
 def joint_for(asked: Intervention, sizes: Mapping[str, int]) -> JointGradient | None:

@@ -17,6 +17,7 @@ from fxsight.errors import InputError, TraceError
 from fxsight.functional import Functional
 from fxsight.leave import Leaving
 from fxsight.lower import Lowering, Tier, keeping
+from fxsight.narrowed import Narrowed
 from fxsight.node import Fixed
 from fxsight.program import Program
 from fxsight.sizes import AGAIN, bind_sizes, given_text
@@ -30,6 +31,7 @@ class Executable:
     ``lower.TOLERANCE``. lock: held while the weights are looked up; another thread may be capturing the module.
     is_joint: whether gradients are computed in it: then nothing of its run is kept for others.
     keeps: whether the last results are the caches that the call is given, as it leaves them.
+    narrowed: what runs instead where this program would give other bits.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Executable:
         lock: AbstractContextManager[object] | None = None,
         is_joint: bool = False,
         keeps: bool = False,
+        narrowed: Narrowed | None = None,
     ) -> None:
-        self.program, self.module = program, module
+        self.program, self.module, self._narrowed = program, module, narrowed
         self.constants = list(constants)
         self.decided = False
         self._numbers: tuple[int | float, ...] = ()
@@ -170,6 +173,10 @@ class Executable:
         call: the arguments that the leaves are of; the caches among them are then as the module would leave them.
         prepared: what ``prepared`` has returned, where the weights cannot have changed since.
         """
+        whole = None if self._narrowed is None else self._narrowed.instead(leaves)
+        if whole is not None:
+            found: Sequence[Any] = whole.run(leaves, constants, call)
+            return found
         arguments = self._arguments(leaves, constants, prepared)
         if self._is_joint:
             with apart():

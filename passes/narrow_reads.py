@@ -17,6 +17,7 @@ from fxsight.rewrite import Pass
 from fxsight.spec import Dim, SizeSpec, contiguous_stride
 
 aten = torch.ops.aten
+_alias = aten.alias.default
 END = 2**63 - 1  # what torch.export writes for an open end of a slice
 _POINTWISE = frozenset(
     getattr(aten, name)
@@ -186,13 +187,13 @@ def _row_dims(node: fx.Node) -> range:
         return range(rank - 1)
     if node.target is aten.layer_norm.default:
         return range(rank - len(node.args[1]))  # type: ignore[arg-type]
-    same = getattr(node.target, "overloadpacket", None) in _POINTWISE or _is_whole(node)
+    same = getattr(node.target, "overloadpacket", None) in _POINTWISE or is_view(node)
     return range(rank) if same else range(0)
 
 
-def _is_whole(node: fx.Node) -> bool:
-    """Whether it is a slice that leaves nothing out."""
-    return node.target is aten.slice.Tensor and tuple(node.args[2:]) in ((), (0,), (0, END))
+def is_view(node: fx.Node) -> bool:
+    """Whether it is the same tensor: a module's border, or a slice that leaves nothing out."""
+    return node.target is _alias or (node.target is aten.slice.Tensor and tuple(node.args[2:]) in ((), (0,), (0, END)))
 
 
 def row_arguments(node: fx.Node, dim: int) -> list[fx.Node]:

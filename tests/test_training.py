@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fxsight
-from fxsight.errors import TraceError
+from fxsight.errors import NeedsValueError, TraceError
 from tests.zoo import tiny_transformer
 
 How = Literal["hooks", "traces", "session"]
@@ -199,6 +200,20 @@ def test_a_block_that_is_written_once_gives_no_gradients_away() -> None:
     ):
         model.inner.output = model.inner.output + lora(model.inner.input)
         model.output.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda out, y: nn.functional.cross_entropy(out, y), lambda out, y: out[:, 0] + y, lambda out, y: y + out]
+)
+def test_targets_are_not_known_in_a_block_that_is_written_once(loss: Callable[[Any, Any], Any]) -> None:
+    model: Any = fxsight.Model(_net(), cache=False)
+    with (
+        pytest.raises(NeedsValueError, match=r"an argument of a torch call; write `for item in session.iter"),
+        model.session() as session,
+        session.iter([(x, torch.zeros(len(x), dtype=torch.long)) for x, _ in _batches()]) as batch,
+        model.trace(batch[0]),
+    ):
+        loss(model.output, batch[1]).save()
 
 
 def test_gradients_in_a_block_that_is_written_once() -> None:
