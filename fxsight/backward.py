@@ -93,6 +93,7 @@ class Gradients:
         self._marked: dict[fx.Node, None] = {}
         self.inside: list[int] = []
         self.enabled = True  # whether the block began with gradients enabled
+        self.on_loss: Callable[[fx.Node], None] = lambda node: None
         self.unseen = ""  # the line of an edit in place that autograd does not see
         self.functions = CustomCalls(owner, body)
 
@@ -265,6 +266,7 @@ class Gradients:
     def _loss(self, loss: Any) -> str:
         node = self._body.node_of(loss)
         self._body.seen.add(node)
+        self.on_loss(node)
         return node.name
 
     def _seed(self, loss: Any, seed: Any) -> str | None:

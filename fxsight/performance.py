@@ -118,7 +118,8 @@ class Performance:
             if number == until:
                 self._met = call
                 raise _Held
-            self._tokens[number] = _tokens(call)
+            if self._keeps or self.last is not None:
+                self._tokens[number] = _tokens(call)
             self.made = max(self.made, number + 1)
             answer = self._drive(number, call)
             if self._keeps:

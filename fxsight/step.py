@@ -163,7 +163,22 @@ class Step(Tracer):
             self._warn_of_first(location.address)
 
         recorder.on_edit = on_edit
+        recorder.body.gradients.on_loss = self._check_loss
         return recorder
+
+    def _check_loss(self, loss: fx.Node) -> None:
+        """Raises: TraceError for a loss that is made of values of earlier steps."""
+        body = self._written.body
+        names = (name for name, _ in body.constant_specs())
+        foreign = {n: v for n, v in zip(names, body.constants, strict=True) if isinstance(v, Value)}
+        for node in undetached(loss):
+            value = foreign.get(node.name)
+            if value is not None and any(undetached(value.cell.node)):
+                raise TraceError(
+                    f"{user_line()}: backward() of {self.title} goes through {value.cell.what} of an earlier step, and "
+                    "no gradient flows from step to step; write backward() at each step, or .detach() where it is a "
+                    "constant"
+                )
 
     def replay(self, edit: Edit) -> None:
         """Say the statements of an edit here."""
@@ -430,3 +445,17 @@ class Step(Tracer):
 def _sizes(node: fx.Node, dims: Collection[int]) -> list[Any]:
     """The sizes of some dimensions of a value."""
     return [node.meta["spec"].shape[dim] for dim in sorted(dims)]
+
+
+def undetached(node: fx.Node) -> list[fx.Node]:
+    """What a value is made of, read or given, but for what has been detached."""
+    found: list[fx.Node] = []
+    seen, todo = set[fx.Node](), [node]
+    while todo:
+        at = todo.pop()
+        if at in seen or getattr(at.target, "__name__", "") == "detach":
+            continue
+        seen.add(at)
+        found += [at] if at.op == "placeholder" else []
+        todo += at.all_input_nodes
+    return found
