@@ -19,6 +19,11 @@ from fxsight.twin import encoder_path
 BEFORE = -1  # the number of the step that it is
 
 
+def step_title(number: int) -> str:
+    """A step in messages."""
+    return "the encoder" if number == BEFORE else f"step {number}"
+
+
 class Encoder:
     """What is known of the encoder's call: it is captured when something is asked of it.
 

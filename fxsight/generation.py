@@ -7,11 +7,9 @@ generates, on a twin of the module whose forward hands each call to its step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
-
-import torch
 
 from fxsight.address import Address
 from fxsight.branch import Stopped
@@ -20,32 +18,24 @@ from fxsight.captures import Captures
 from fxsight.containers import list as SavedList
 from fxsight.containers import thaw
 from fxsight.context import enter_trace, here, leave_trace
-from fxsight.cursor import Cursor, Iterations, Steps
+from fxsight.cursor import Iterations, Steps
 from fxsight.edit import Edit
-from fxsight.encoder import BEFORE
+from fxsight.encoder import BEFORE, step_title
 from fxsight.errors import TraceError
+from fxsight.generating import Generating
 from fxsight.invoke import Invoker
 from fxsight.keep import paths_of
-from fxsight.lines import user_line
-from fxsight.past import pasts_in
-from fxsight.performance import Performance
 from fxsight.program import Program
-from fxsight.prompted import NO_PROMPT, Prompted
+from fxsight.prompted import Prompted
 from fxsight.record import Recorder
-from fxsight.rehearsal import Known
 from fxsight.repertoire import Repertoire, Score
-from fxsight.rows import Call
-from fxsight.run import Executable
 from fxsight.running import Backend
-from fxsight.step import Step
 from fxsight.stepping import StepEdit
 from fxsight.tracer import Tracer
-from fxsight.twin import encoder_path
 from fxsight.value import Value, values_in
-from fxsight.walk import Step as Way
 
 
-class Generation:
+class Generation(Generating):
     """The block of one generation.
 
     prompts: what is generated from, which invokes may bring.  method: of the module, ``generate``.
@@ -61,26 +51,14 @@ class Generation:
         repertoire: Repertoire,
         method: str = "generate",
     ) -> None:
-        self.captures, self.edits, self.method = captures, edits, method
-        self.backend: Backend = backend
-        self.cursor = Cursor()
+        super().__init__(captures, prompts, backend, edits, method)
         self.position = 0
-        self._prompts, self._repertoire = prompts, repertoire
-        self._known: Score | None = None
+        self._repertoire = repertoire
         self._outside: Any = None
-        self._performance: Performance | None = None
-        self._ran: set[int] = set()
-        self._held_at = (0, "")
-        self._is_held = False
-        self._wanted: dict[int, list[Value]] | None = None
-        self._stop: tuple[int, str] | None = None
         self._caches: list[tuple[Cache, dict[int, Cache]]] = []
-        self._steps: dict[int, Step] = {}
         self._template: Tracer | None = None
         self._saved: list[Any] = []
-        self._prepared: dict[int, list[Any]] = {}
         self._returned: Any = None
-        self._has_ended = False
 
     # -- the block ---------------------------------------------------------------------------------------------------
 
@@ -118,12 +96,6 @@ class Generation:
         self._prompts.check(score.steps[0])
         return score
 
-    @property
-    def _score(self) -> Score:
-        if self._known is None:
-            raise TraceError(NO_PROMPT)
-        return self._known
-
     def _end(self) -> None:
         if self._known is None:
             raise TraceError("generate() needs a prompt, or at least one `with tracer.invoke(prompt):` block")
@@ -146,174 +118,7 @@ class Generation:
             pass
         return self._returned
 
-    # -- running -----------------------------------------------------------------------------------------------------
-
-    def run(self) -> Any:
-        """Let the module's method generate, each step with what was said of it.  Returns: what the method returns."""
-        returned = self._performing().finish()
-        self._wanted = self._needed()
-        made, stop = self._performing().made, self._stop
-        why = f"ended after {made} steps, the last of which is {made - 1}: every row had come to its end"
-        if stop is not None and made == stop[0] + 1:
-            why = f"was stopped at step {stop[0]} ({stop[1]})"
-        for number, step in self._steps.items():
-            if made <= number < self.count:
-                step.unreached(f"belongs to step {number}, and this generation {why}")
-        if self.count in self._steps and self.count not in self._ran:
-            self._drive(self.count, ((ids_in(returned),), {}))
-        return returned
-
-    def _performing(self) -> Performance:
-        if self._performance is None:
-            self._performance = Performance(self.captures.module, self.method, self._prompts.call, self._drive)
-        self._performance.last = None if self._stop is None else self._stop[0]
-        return self._performance
-
-    def _needed(self) -> dict[int, list[Value]]:
-        """The values of each step that later ones use."""
-        found: dict[int, list[Value]] = {}
-        for step in self._steps.values():
-            for value in step.foreign:
-                series = value.cell.recorder.series
-                if series is not None:
-                    found.setdefault(series[1], []).append(value)
-        return found
-
-    def _drive(self, number: int, call: Call) -> Any:
-        """One call, with what was said of its step; of the step that comes after all, the ids."""
-        step, is_known = self._steps.get(number), number <= self.count
-        if step is None and is_known and (self._edits_of(number) or (self.backend == "inductor" and number != BEFORE)):
-            step = self.step(number)
-        self._ran.add(number)
-        if step is None or not is_known:
-            path = encoder_path(self.captures.module) if number == BEFORE else ""
-            return self.captures.module.get_submodule(path)(*call[0], **call[1])
-        if self._is_held:
-            wanted: Sequence[Value] = step.held()
-        else:
-            if self._wanted is None:
-                self._wanted = self._needed()
-            wanted = self._wanted.get(number, ())
-        step.close()
-        return step.drive(call, wanted)
-
-    def call_of(self, number: int) -> Call | None:
-        """The call of a step, before it is made; those before it are made now, with what has been said of them so far.
-
-        None where it cannot be known before the block ends: with a cache of the user's, and with beams.
-        """
-        if next(pasts_in(self._prompts.call), None) is not None or (
-            number > 0 and self._prompts.beams(self.captures.module) > 1
-        ):
-            return None
-        self._is_held, performing = True, self._performing()
-        self._held_at = (number, user_line())
-        try:
-            call = performing.until(number)
-        finally:
-            self._is_held = False
-        if call is None and number == self.count:
-            call = ((ids_in(performing.returned),), {})
-        return call
-
-    def reaches(self, step: int) -> bool:
-        """Whether the generation comes to a step, as far as it is known: where steps have run, those before are run."""
-        performing = self._performance
-        if performing is None or not performing.made or step < performing.made:
-            return True
-        return self.call_of(step) is not None
-
     # -- steps -------------------------------------------------------------------------------------------------------
-
-    @property
-    def count(self) -> int:
-        """How many steps there are at most."""
-        return len(self._score.steps)
-
-    def step(self, number: int) -> Step:
-        """One of the steps.
-
-        Raises: TraceError for one that this generation cannot have.
-        """
-        if number in self._ran and not self._has_ended:
-            raise TraceError(
-                f"{'the encoder' if number == BEFORE else f'step {number}'} has run already, because a number of step "
-                f"{self._held_at[0]} was needed ({self._held_at[1]}): say before that line what is to be read or "
-                "changed in it"
-            )
-        return self._step(number)
-
-    def _step(self, number: int) -> Step:
-        found = self._steps.get(number)
-        if found is None:
-            known, encoder = self._known_of(number), self._score.encoder
-            captures = encoder.captures if encoder is not None and number == BEFORE else self.captures
-            found = self._steps[number] = Step(self, number, known, captures, self._edits_of(number))
-            if self._prompts.grows:
-                found.take_rows(self._prompts.rows_at(known))
-        return found
-
-    def meant(self, address: Address) -> Step:
-        """The step that is meant for a place: at step 0 there is the encoder, too, which runs before it.
-
-        Raises: TraceError as ``step``, and for a module that the encoder and the decoder call.
-        """
-        number = self.cursor.at(address.module)
-        if number == 0 and self._is_encoded(address):
-            number = BEFORE
-        elif number > 0:
-            self.check_repeats(address)
-        return self.step(number)
-
-    def _is_encoded(self, address: Address) -> bool:
-        encoder = self._score.encoder
-        return encoder is not None and encoder.is_meant(address, self._score.steps[0].program)
-
-    def check_repeats(self, address: Address) -> None:
-        """Raises: TraceError for a module of the encoder alone, which has no further steps."""
-        encoder = self._score.encoder
-        if encoder is not None and encoder.has(address) and encoder.is_alone(address, self._score.steps[0].program):
-            raise TraceError(
-                f"{address.place}: the encoder runs once, before step 0: read and write it outside the loop over steps"
-            )
-
-    def _known_of(self, number: int) -> Known:
-        score = self._score
-        if number == BEFORE and score.encoder is not None:
-            return score.encoder.known
-        known = [*score.steps, *([score.result] if self._is_result and score.result else [])]
-        if number >= len(known):
-            raise TraceError(
-                f"step {number}: this generation has {self.count} steps at most, 0 to {self.count - 1}; ask for "
-                "more with max_new_tokens"
-            )
-        return known[number]
-
-    def _edits_of(self, number: int) -> Sequence[Edit]:
-        """The edits of the model that are made at one step."""
-        encoder = self._score.encoder
-        own = [] if encoder is None else encoder.own(self.edits, self._score.steps[0].program)
-        if number == BEFORE:
-            return own
-        return [edit for edit in self.edits if edit not in own] if number < self.count else ()
-
-    _is_result = False
-
-    def root(self, known: Known, line: str) -> Way:
-        """Where bodies begin that begin at a line, over a program."""
-        return self._score.roots.setdefault((id(known.program), line, self.backend == "inductor"), Way())
-
-    @property
-    def names(self) -> Mapping[int, str]:
-        """Names of the module's weights by ``id``."""
-        return self._score.watch.names
-
-    def prepared(self, executable: Executable) -> list[Any]:
-        """The arguments of a program with the weights among them, looked up once in a generation."""
-        found = self._prepared.get(id(executable))
-        if found is None:
-            found = self._prepared[id(executable)] = executable.prepared()
-        return found
 
     @property
     def now(self) -> Tracer:
@@ -417,21 +222,6 @@ class Generation:
         self.stop_at(number)
         raise Stopped(self)
 
-    def stop_at(self, number: int) -> None:
-        """A step is the last.
-
-        Raises: TraceError for beams.
-        """
-        number = max(number, 0)
-        if self._prompts.beams(self.captures.module) > 1:
-            raise TraceError("stopping a generation with beams: no row is a text before all have come to their end")
-        if self._stop is None or number < self._stop[0]:
-            self._stop = (number, user_line())
-
-    def is_last(self, number: int) -> bool:
-        """Whether the generation ends at a step."""
-        return self._stop is not None and self._stop[0] == number
-
     def cache(self, modules: Any = None, **options: Any) -> Cache:
         """Keep what modules return, at every step; in a loop over steps at the present one.  Arguments: of a trace's.
 
@@ -470,10 +260,6 @@ class Generation:
     def tokens(self) -> Any:
         """The tokens of the prompts, of an invoke in its block: ``tracer.tokens("Eiffel Tower").last``."""
         return self._prompts.tokens
-
-    def touch(self) -> None:
-        """Something is read or written."""
-        self._prompts.touch()
 
     def enter_invoke(self, invoker: Invoker) -> None:
         """The rows of an invoke are read and written from now on, at step 0 where no other is named.
@@ -516,8 +302,8 @@ class Generation:
     def _check_nothing_ran(self) -> None:
         if self._ran:
             raise TraceError(
-                f"an invoke with a prompt, and steps have run already, because a number of step {self._held_at[0]} was "
-                f"needed ({self._held_at[1]}): write the invoke before that line"
+                f"an invoke with a prompt, and steps have run already, because a number of "
+                f"{step_title(self._held_at[0])} was needed ({self._held_at[1]}): write the invoke before that line"
             )
 
     def _take_rows(self) -> None:
@@ -539,9 +325,3 @@ class Generation:
         for container in self._saved:
             if isinstance(container, SavedList):
                 container[:] = [x for x in container if type(x) is not Value]
-
-
-def ids_in(returned: Any) -> torch.Tensor:
-    """The ids in what a method returns."""
-    found: torch.Tensor = returned if isinstance(returned, torch.Tensor) else returned.sequences
-    return found

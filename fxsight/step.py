@@ -17,7 +17,7 @@ from fxsight.captures import Captures
 from fxsight.cursor import Cursor
 from fxsight.edit import Edit
 from fxsight.effects import changes_inputs
-from fxsight.encoder import BEFORE
+from fxsight.encoder import step_title
 from fxsight.errors import CausalityError, FirstCallWarning, NeedsValueError, NotExecuted, TraceError, UnknownAddress
 from fxsight.inputs import PLAIN
 from fxsight.invoke import Batch
@@ -139,7 +139,7 @@ class Step(Tracer):
     @property
     def title(self) -> str:
         """For messages."""
-        return "the encoder" if self.number == BEFORE else f"step {self.number}"
+        return step_title(self.number)
 
     def to_next(self, path: str) -> None:
         """From here on the next step is meant for a module."""
