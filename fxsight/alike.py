@@ -1,19 +1,29 @@
-"""Bodies on the same inputs, put together by the programs that they become: what ``parts`` then cuts."""
+"""Bodies on the same inputs, put together by the programs that they become, and cut into what they share.
+
+A plan is kept: the same bodies with other tensors, on other inputs of these sizes, are not woven again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
+
+import torch
 
 from fxsight.bits import Known, narrow_exactly
 from fxsight.captures import Captures
 from fxsight.intervention import Intervention
 from fxsight.lift import Outline, lifted, varying
-from fxsight.parts import Alike, Constants, varying_constants
+from fxsight.numbering import has_effects
+from fxsight.parts import Alike, Constants, Group, cut, identity, varying_constants
 from fxsight.pipeline import cell_pass
 from fxsight.program import Program
 from fxsight.stride import best_stride
+
+KEPT = 16  # plans kept per model
 
 
 class Written(Protocol):
@@ -68,3 +78,59 @@ def _alike(captures: Captures, members: Mapping[int, Written], tried: Known, mod
     if found is None:
         program = narrow_exactly(whole, sizes, captures.weight, tried)
     return Alike(whole, program, tuple(members), constants, sizes, found)
+
+
+# -- plans that are kept ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """Bodies cut into what they share.
+
+    groups: without constants, where it is kept.  in_order: whether running twice is not running once; no groups then.
+    """
+
+    groups: tuple[Group, ...]
+    in_order: bool
+
+
+def planned(captures: Captures, cells: Mapping[int, Written], mode: str) -> Planned:
+    """How cells are computed; found again where bodies, numbers and sizes are those of a plan that is kept.
+
+    Raises: what weaving raises.
+    """
+    kept: OrderedDict[Hashable, Planned] = captures.plans
+    key = (mode, _key(cells))
+    if key not in kept:
+        kept[key] = _planned(captures, cells, mode)
+        if len(kept) > KEPT:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return replace(kept[key], groups=tuple(_filled(group, cells) for group in kept[key].groups))
+
+
+def _planned(captures: Captures, cells: Mapping[int, Written], mode: str) -> Planned:
+    found = alike(captures, cells, mode)
+    if any(has_effects(one.program.graph.nodes) for one in found):
+        return Planned((), True)
+    return Planned(tuple(replace(group, constants=()) for group in cut(found, captures.module)), False)
+
+
+def _filled(group: Group, cells: Mapping[int, Written]) -> Group:
+    together = group.together and replace(group.together, done=[])
+    return replace(group, constants=constants_of([cells[n] for n in group.cells]), together=together)
+
+
+def _key(cells: Mapping[int, Written]) -> Hashable:
+    """All that a plan depends on: bodies with their numbers, which tensors are one, and sizes."""
+    tensors: dict[Hashable, int] = {}
+    bodies = tuple(
+        (number, id(cell.captured), cell.outline.text, str(cell.outline.numbers), _tensors(cell, tensors))
+        for number, cell in cells.items()
+    )
+    sizes = tuple(next(iter(cells.values())).sizes.items()) if cells else ()
+    return bodies, sizes, torch.get_num_threads()
+
+
+def _tensors(cell: Written, known: dict[Hashable, int]) -> tuple[int, ...]:
+    return tuple(known.setdefault(identity(constant), len(known)) for constant in cell.constants)

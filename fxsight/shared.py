@@ -11,16 +11,15 @@ those whose values it uses; traces that change something run in the order in whi
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from fxsight.alike import alike, constants_of
-from fxsight.cost import Cost
+from fxsight.alike import planned
 from fxsight.effects import is_random
 from fxsight.errors import FxsightError
 from fxsight.estimate import Estimate, total_line
@@ -28,7 +27,7 @@ from fxsight.intervention import Intervention
 from fxsight.lift import Outline, outline
 from fxsight.numbering import has_effects
 from fxsight.own_memory import own_memory
-from fxsight.parts import Group, cut, identity, run_groups
+from fxsight.parts import Group, identity, run_groups
 from fxsight.program import Program
 from fxsight.show import Text
 from fxsight.together import BUDGET
@@ -36,7 +35,6 @@ from fxsight.tracer import Tracer
 from fxsight.tree import flatten
 from fxsight.value import Value
 
-KEPT = 8  # plans kept per model
 _LARGE = 2**16  # inputs with more numbers are the same only where they are one tensor
 _GRADIENTS = "gradients are enabled and something requires them; use torch.no_grad()"
 _ONE = "no other trace has the same inputs"
@@ -181,41 +179,10 @@ def _requires_grad(one: Ready) -> bool:
 # -- the plan --------------------------------------------------------------------------------------------------------
 
 
-def _plan(ready: Sequence[Ready]) -> list[Group] | None:
-    """How they are computed; None where nothing is gained.  Kept for the next time that the same is asked."""
-    captures = ready[0].tracer.captures
-    kept: OrderedDict[Hashable, list[Group] | None] = captures.plans
-    key = _plan_key(ready)
-    if key not in kept:
-        kept[key] = _made(ready)
-        if len(kept) > KEPT:
-            kept.popitem(last=False)
-    kept.move_to_end(key)
-    plan = kept[key]
-    return plan and [replace(group, constants=constants_of([ready[n] for n in group.cells])) for group in plan]
-
-
-def _plan_key(ready: Sequence[Ready]) -> Hashable:
-    """All that a plan depends on: bodies with their numbers, which tensors are one, and sizes."""
-    tensors: dict[Hashable, int] = {}
-    bodies = tuple(
-        (
-            id(one.captured),
-            one.outline.text,
-            str(one.outline.numbers),
-            tuple(tensors.setdefault(identity(c), len(tensors)) for c in one.constants),
-        )
-        for one in ready
-    )
-    return bodies, tuple(ready[0].sizes.items()), torch.get_num_threads()
-
-
-def _made(ready: Sequence[Ready]) -> list[Group] | None:
-    captures = ready[0].tracer.captures
+def _plan(ready: Sequence[Ready]) -> tuple[Group, ...] | None:
+    """How they are computed; None where nothing is gained."""
     try:
-        found = cut(alike(captures, dict(enumerate(ready)), "exact"), captures.module)
+        found = planned(ready[0].tracer.captures, dict(enumerate(ready)), "exact").groups
     except FxsightError:  # said again, at its line, when the trace runs alone
         return None
-    estimate = Estimate(found, dict(ready[0].sizes), BUDGET)
-    planned: Cost = estimate.shared + estimate.own
-    return [replace(g, constants=()) for g in found] if planned.flops < estimate.naive.flops else None
+    return found if any(part.executable.program.results for group in found for part in group.shared) else None

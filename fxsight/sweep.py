@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fxsight import _torch
-from fxsight.alike import alike
+from fxsight.alike import planned
 from fxsight.become import become
 from fxsight.captures import Captures
 from fxsight.collector import waiting
@@ -29,8 +29,7 @@ from fxsight.grid import Labels, cell_name, cells_of
 from fxsight.intervention import Intervention
 from fxsight.lift import Outline, outline
 from fxsight.lost import warn_of_lost_edits
-from fxsight.numbering import has_effects
-from fxsight.parts import Alike, cut
+from fxsight.parts import Group
 from fxsight.plan import Plan, Returned
 from fxsight.progress import Progress
 from fxsight.rows import Call
@@ -240,8 +239,7 @@ def plan_sweep(
     values = {name: pair[1] for name, pair in both.items()}
     with waiting():
         cells = _record(captures, body, call, labels, values, edits)
-        groups, alone = _alike(captures, cells, mode)
-        parts = cut(groups, captures.module)
+        parts, alone = _grouped(captures, cells, mode)
     returned, first = _same_returns(cells), cells[0]
     return Plan(
         labels,
@@ -298,13 +296,13 @@ def _same_returns(cells: Sequence[SweepCell]) -> Returned:
     return first
 
 
-def _alike(captures: Captures, cells: Sequence[SweepCell], mode: str) -> tuple[list[Alike], dict[int, str]]:
+def _grouped(captures: Captures, cells: Sequence[SweepCell], mode: str) -> tuple[Sequence[Group], dict[int, str]]:
     """Groups of cells with one program, and the cells that run alone, with the reason."""
     alone = {number: _NUMBERS for number, cell in enumerate(cells) if cell.has_numbers}
     alone |= {number: _GRADIENTS for number, cell in enumerate(cells) if cell.asked.backwards}
-    groups = alike(captures, {n: cell for n, cell in enumerate(cells) if n not in alone}, mode)
-    if not any(has_effects(group.program.graph.nodes) for group in groups):
-        return groups, alone
+    found = planned(captures, {n: cell for n, cell in enumerate(cells) if n not in alone}, mode)
+    if not found.in_order:
+        return found.groups, alone
     if alone:
         name = cells[next(iter(alone))].name
         raise TraceError(

@@ -19,11 +19,14 @@ NNSIGHT = "nnsight"
 TRACE = "fxsight"
 SWEEP = "fxsight sweep"
 FAST = "fxsight fast sweep"
+SESSION = "fxsight session"
 PLAN = "fxsight plan"
 FAST_PLAN = "fxsight fast plan"
 PROGRAM = "fxsight program"
 INDUCTOR = "fxsight inductor"
 INDUCTOR_PROGRAM = "fxsight inductor program"
+
+CLOSE = frozenset((INDUCTOR, INDUCTOR_PROGRAM, CAREFUL, FAST, FAST_PLAN))
 
 NNSIGHT_PYTHON = Path(__file__).parents[2] / ".venv-nnsight" / "bin" / "python"
 
@@ -58,7 +61,7 @@ class Case:
     jobs: Mapping[str, Job]
     remote: str = ""
     reference: str = BARE
-    close: frozenset[str] = frozenset((INDUCTOR, INDUCTOR_PROGRAM, CAREFUL, FAST, FAST_PLAN))
+    close: frozenset[str] = CLOSE
     rounds: int = 15
     calls: int | None = None
 

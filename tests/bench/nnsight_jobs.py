@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bench import grid, models
+from tests.bench import grid, models, nnsight_grids
 from tests.bench.timing import Job
 
 # Only the worker's environment has it; where doctest imports this file, nothing here is called.
@@ -200,4 +200,5 @@ JOBS: Mapping[str, Callable[[bool], Job]] = {
     },
     **{f"w20 {name}": partial(harvest, name) for name in models.LANGUAGE},
     **{f"w1 {name}": partial(residual_grid, name) for name in models.LANGUAGE},
+    **nnsight_grids.JOBS,
 }

@@ -1,5 +1,6 @@
 """W2, W3, W21: grids of patches and ablations; one forward a cell with hooks, and one sweep for all."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import product
@@ -9,14 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from tests.bench import hooks, models
-from tests.bench.case import FAST, FAST_PLAN, HOOKS, PLAN, SWEEP, Bench, Case, Workload
+from tests.bench.case import (
+    CLOSE,
+    COMPILED,
+    FAST,
+    FAST_PLAN,
+    HOOKS,
+    PLAN,
+    SWEEP,
+    Bench,
+    Case,
+    Options,
+    Workload,
+    compiled,
+)
 from tests.bench.grid import Task, stacked
 from tests.bench.report import Table, paired_table
 from tests.bench.timing import Job
 
 NOTE = (
     "Every cell has been compared with the hooks' first: bit for bit in mode exact, within 1e-4 in mode fast. "
-    "A plan is made before it is timed; a sweep makes its own."
+    "A plan is made before it is timed; a sweep writes its cells down and finds the plan of the equal sweep before it. "
+    "Patterns: the hooks compute one head anew, fxsight writes the fused attention of one layer out, which is another "
+    "formula: within 1e-4 in both modes. nnsight: a trace a cell. torch.compile: the bare module, as often as there "
+    "are cells, without edits."
 )
 Edit = Callable[..., Any]  # of one cell: a block (of hooks, or of a trace), what is kept of the clean run, two labels
 
@@ -156,6 +173,48 @@ def w3(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
     return {HOOKS: naive, **_jobs(model, task, body, axes)}, f"4 × {task.layers} × {_heads(net)} cells"
 
 
+def w3_pattern(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
+    """The attention pattern of one head: the fused attention of one layer is written out."""
+    size = net.config.n_embd // net.config.n_head
+    mixed = _clean(net, task, lambda block: block.attn.c_attn, "output")
+
+    def parts(value: Tensor) -> list[Tensor]:
+        return [x.reshape(*x.shape[:-1], -1, size).transpose(1, 2) for x in torch.split(value, net.config.n_embd, -1)]
+
+    clean = [_pattern(*parts(value)[:2]) for value in mixed]
+
+    def hooked(layer: int, head: int) -> Any:
+        attention, values, own = net.transformer.h[layer].attn, list[Tensor](), slice(head * size, (head + 1) * size)
+        stack = ExitStack()
+        handle = attention.c_attn.register_forward_hook(lambda _m, _a, out: values.append(parts(out)[2]))
+        stack.callback(handle.remove)
+
+        def change(value: Tensor) -> None:
+            value[..., own] = clean[layer][:, head] @ values[0][:, head]
+
+        stack.enter_context(_changed(attention.c_proj, "input", change))
+        return stack
+
+    def body(layer: int, head: int) -> Any:
+        call = model.transformer.h[layer].attn.ops.attention_interface_0
+        softmax = call.ops.torch_nn_functional_scaled_dot_product_attention_0.ops.softmax_0
+        softmax.output[:, head] = clean[layer][:, head]
+        return task.metric(model.lm_head.output)
+
+    axes = {"layer": range(task.layers), "head": range(_heads(net))}
+    cells = list(product(*axes.values()))
+    jobs = {HOOKS: _naive(net, task, cells, hooked), **_jobs(model, task, body, axes)}
+    return jobs, f"pattern: {task.layers} × {_heads(net)} cells"
+
+
+def _pattern(query: Tensor, key: Tensor) -> Tensor:
+    """Causal attention, f32[prompts, heads, length, length]."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    pattern: Tensor = scores.masked_fill(future, float("-inf")).softmax(-1)
+    return pattern
+
+
 def w21(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
     size = net.config.n_embd // net.config.n_head
 
@@ -182,24 +241,37 @@ def w21(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
 Make = Callable[[Any, Any, Task], tuple[dict[str, Job], str]]
 
 
-def _workload(name: str, about: str, make: Make) -> Workload:
+def _workload(name: str, about: str, *makes: Make) -> Workload:
     def run(bench: Bench) -> Iterator[Table]:
-        rows = bench.compare(name, _cases(make, bench.options.quick))
+        rows = bench.compare(name, (case for make in makes for case in _case(name, make, bench.options)))
         size = "4 layers of width 256" if bench.options.quick else "GPT-2 small"
         yield paired_table(f"{name.upper()}: {about}, {size}", [(row.name, row.times) for row in rows], HOOKS, NOTE)
 
     return Workload(name, f"{about} (minutes)", run, default=False)
 
 
-def _cases(make: Make, quick: bool) -> Iterator[Case]:
+def _case(name: str, make: Make, options: Options) -> Iterator[Case]:
     from fxsight.model import Model
 
-    net: Any = models.MODELS["small" if quick else "gpt2"]()
+    size = "small" if options.quick else "gpt2"
+    net: Any = models.MODELS[size]()
+    task = Task.of(net, False)
     with torch.no_grad():
-        jobs, title = make(net, Model(net, cache=False), Task.of(net, False))
-    yield Case(title, jobs, reference=HOOKS, rounds=3 if quick else 1, calls=1)
+        jobs, title = make(net, Model(net, cache=False), task)
+    opened = make is w3_pattern  # attention written out is another formula than the fused one
+    remote = "" if opened else f"{name} {size}"
+    rounds = 3 if options.quick else 1
+    if options.compiled:
+        jobs[COMPILED] = compiled(net, lambda fast: [fast(task.corrupted) for _ in range(count_of(title))])
+    close = CLOSE | {SWEEP, PLAN} if opened else CLOSE
+    yield Case(title, jobs, remote, HOOKS, close, rounds, 1)
+
+
+def count_of(title: str) -> int:
+    """``"3 × 4 × 15 cells"`` is 180."""
+    return math.prod(int(word) for word in title.split() if word.isdigit())
 
 
 W2 = _workload("w2", "resid, attention and MLP patched, layer × position", w2)
-W3 = _workload("w3", "z, q, k, v of each head patched", w3)
+W3 = _workload("w3", "z, q, k, v and pattern of each head patched", w3, w3_pattern)
 W21 = _workload("w21", "each head zeroed", w21)

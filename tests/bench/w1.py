@@ -7,42 +7,62 @@ import torch
 from torch import Tensor
 
 from tests.bench import hooks, models
-from tests.bench.case import CAREFUL, FAST, FAST_PLAN, HOOKS, PLAN, SWEEP, TRACE, Bench, Case, Workload
+from tests.bench.case import (
+    CAREFUL,
+    COMPILED,
+    FAST,
+    FAST_PLAN,
+    HOOKS,
+    PLAN,
+    SESSION,
+    SWEEP,
+    TRACE,
+    Bench,
+    Case,
+    Options,
+    Workload,
+    compiled,
+)
 from tests.bench.grid import Task, stacked
 from tests.bench.report import Table, paired_table
 from tests.bench.timing import Job
 
 NOTE = (
-    "Every cell has been compared with the naive hooks' first. Careful hooks: one batched forward a "
-    "layer, last logits only."
+    "Every cell has been compared with the naive hooks' first. Careful hooks: one batched forward a layer, last logits "
+    "only. fxsight: a trace a cell; session: the same traces in one session, which shares what they have in common; "
+    "sweep: one call. A session and a sweep find the plan of the equal one before. torch.compile: the bare module, as "
+    "often as there are cells, without edits."
 )
 
 
 def run(bench: Bench) -> Iterator[Table]:
     """One row."""
-    rows = bench.compare("w1", _cases(bench.options.quick))
+    rows = bench.compare("w1", _cases(bench.options))
     title = "W1: residual patching on GPT-2 small, layer × position, 8 prompts × 15 tokens"
     yield paired_table(title, [(row.name, row.times) for row in rows], HOOKS, NOTE)
 
 
-def _cases(quick: bool) -> Iterator[Case]:
+def _cases(options: Options) -> Iterator[Case]:
     from fxsight.model import Model
 
-    name = "toy" if quick else "gpt2"
+    name = "toy" if options.quick else "gpt2"
     net: Any = models.LANGUAGE[name]()
-    task = Task.of(net, quick)
+    task = Task.of(net, options.quick)
     model = Model(net, cache=False)
     jobs = {
         HOOKS: naive(net, task),
         CAREFUL: careful(net, task),
         TRACE: traced(model, task),
+        SESSION: in_session(model, task),
         SWEEP: swept(model, task, "exact"),
         FAST: swept(model, task, "fast"),
         PLAN: planned(net, model, task, "exact"),
         FAST_PLAN: planned(net, model, task, "fast"),
     }
+    if options.compiled:
+        jobs[COMPILED] = compiled(net, lambda fast: [fast(task.corrupted) for _ in task.cells()])
     title = f"{task.layers} × {task.length} cells"
-    yield Case(title, jobs, f"w1 {name}", reference=HOOKS, rounds=1, calls=1)
+    yield Case(title, jobs, f"w1 {name}", reference=HOOKS, rounds=3, calls=1)
 
 
 def clean_inputs(net: Any, task: Task) -> list[Tensor]:
@@ -113,6 +133,24 @@ def traced(model: Any, task: Task) -> Job:
             with model.trace(task.corrupted, backend="eager"):
                 blocks[layer].input[:, position] = kept[layer][:, position]
                 cells.append(task.metric(model.output.logits).save())
+        return stacked(cells)
+
+    return job
+
+
+def in_session(model: Any, task: Task) -> Job:
+    """The same traces in a session, which shares what they have in common."""
+    blocks = model.transformer.h
+
+    def job() -> list[Tensor]:
+        cells: list[Tensor] = []
+        with model.session():
+            with model.trace(task.clean):
+                kept = [block.input for block in blocks[: task.layers]]
+            for layer, position in task.cells():
+                with model.trace(task.corrupted):
+                    blocks[layer].input[:, position] = kept[layer][:, position]
+                    cells.append(task.metric(model.lm_head.output).save())
         return stacked(cells)
 
     return job
