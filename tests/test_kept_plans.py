@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import fxsight
 from fxsight.passes.weave import Weave
 from tests.test_session_sharing import Deep
-from tests.test_sweep import LAYERS, LENGTH, bitwise, block_inputs, edited, gpt2, tokens
+from tests.test_sweep import LAYERS, LENGTH, bitwise, block_inputs, edited, gpt2, plus, tokens, zero
 
 
 def steering(model: Any, factor: float = 1.0) -> Callable[..., Any]:
@@ -103,7 +103,7 @@ def test_one_tensor_in_all_cells_or_one_for_each() -> None:
 
         grid = model.sweep(body, ids, number=[0, 1])
         for number, vector in enumerate(vectors):
-            with edited(gpt2().transformer.h[1], "output", lambda h, vector=vector: h.add_(vector)):
+            with edited(gpt2().transformer.h[1], "output", plus(vector)):
                 bitwise(grid.values[number], gpt2()(ids).logits)
 
 
@@ -120,5 +120,5 @@ def test_random_numbers_keep_their_order_again() -> None:
         grid = model.sweep(body, given, row=[0, 1])
         torch.manual_seed(seed)
         for row in range(2):
-            with edited(net.layers[2], "output", lambda h, row=row: h[row].zero_()):
+            with edited(net.layers[2], "output", zero(row)):
                 bitwise(grid.values[row], net(given))

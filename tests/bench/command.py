@@ -9,7 +9,22 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tests.bench import growth, hotspots, language, memory, regions, startup, sweeps, t1, w1, w8, w14, w15, w20
+from tests.bench import (
+    grid_memory,
+    growth,
+    hotspots,
+    language,
+    memory,
+    regions,
+    startup,
+    sweeps,
+    t1,
+    w1,
+    w8,
+    w14,
+    w15,
+    w20,
+)
 from tests.bench.case import NNSIGHT_PYTHON, Bench, Options, Workload, say
 from tests.bench.remote import Worker
 from tests.bench.report import Table, machine, replace_between
@@ -28,6 +43,7 @@ WORKLOADS: Sequence[Workload] = (
     sweeps.W3,
     sweeps.W21,
     growth.WORKLOAD,
+    grid_memory.WORKLOAD,
     w8.WORKLOAD,
     w14.WORKLOAD,
     w15.WORKLOAD,

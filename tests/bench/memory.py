@@ -22,7 +22,8 @@ from tests.bench.report import Table
 TASKS = ["bare module", "nnsight, one block", "fxsight, one block", "fxsight, last block", "fxsight, all logits"]
 
 
-def _peak() -> float:
+def peak() -> float:
+    """The most memory that this process has held, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -66,9 +67,9 @@ def main() -> None:
     with torch.no_grad():
         for _ in range(2):
             call(models.tokens(net, 2, 8))
-        before = _peak()
+        before = peak()
         result = call(models.tokens(net, 8, length))
-        added = _peak() - before
+        added = peak() - before
     assert result is not None
     print(json.dumps(added))
 

@@ -90,7 +90,7 @@ _models: dict[str, Any] = {}
 
 
 def _model(name: str) -> Any:
-    return _models.get(name) or _models.setdefault(name, nnsight.NNsight(models.LANGUAGE[name]()))
+    return _models.get(name) or _models.setdefault(name, nnsight.NNsight(models.MODELS[name]()))
 
 
 def _language(name: str, body: Callable[[Any, Tensor, Tensor], list[Tensor]], quick: bool) -> Job:
@@ -199,6 +199,6 @@ JOBS: Mapping[str, Callable[[bool], Job]] = {
         for title, where in POSITIONS.items()
     },
     **{f"w20 {name}": partial(harvest, name) for name in models.LANGUAGE},
-    **{f"w1 {name}": partial(residual_grid, name) for name in models.LANGUAGE},
+    **{f"w1 {name}": partial(residual_grid, name) for name in ("toy", "small", "gpt2")},
     **nnsight_grids.JOBS,
 }
