@@ -13,6 +13,7 @@ from fxsight.edit_text import edits_of
 from fxsight.errors import TraceError
 from fxsight.generation import Generation
 from fxsight.loading import Pending, Source
+from fxsight.media import media_in
 from fxsight.model import Model
 from fxsight.names import Blocks, blocks_path
 from fxsight.plan import Plan
@@ -56,6 +57,8 @@ class LanguageModel(Model):
 
     model: a repository id or a local folder, loaded with ``from_pretrained``; or a loaded module.
     tokenizer: of a loaded module; or what is used instead of the one at that place: itself, a repository id, a folder.
+    processor: of a model that takes images: called with ``text`` and ``images``, as those of ``transformers`` are; its
+    tokenizer is the model's where no other is given. One that is not given is looked for where the model was loaded.
     dispatch: load the weights now.
     automodel: a class with ``from_pretrained``, or the name of one in ``transformers``; None for the one of causal,
     sequence-to-sequence, image-text and masked language models that the model was saved as.
@@ -65,6 +68,7 @@ class LanguageModel(Model):
 
     A prompt is a text, a list of texts, token ids (a list, nested or not, or a tensor), or what a tokenizer returns.
     Keyword arguments that the forward does not have are the tokenizer's (``max_length``, ``truncation``, ...).
+    ``images=``, ``videos=`` and ``audio=`` beside a text are given to the processor with it.
 
     Raises: LoadError when there is nothing to load; TypeError for arguments of ``from_pretrained`` with a loaded
     module; RenameError.
@@ -75,6 +79,7 @@ class LanguageModel(Model):
         model: str | os.PathLike[str] | nn.Module,
         *,
         tokenizer: Any = None,
+        processor: Any = None,
         rename: Rename | None = None,
         dispatch: bool = False,
         cache: bool = True,
@@ -94,7 +99,11 @@ class LanguageModel(Model):
         super().__init__(module, cache=cache, rename=rename, **own)
         found = source or Source("")
         is_given = source is None and not isinstance(tokenizer, (str, os.PathLike))
-        self.__dict__["_inputs"] = Prompts(module, tokenizer if is_given else found.tokenizer(tokenizer))
+        if processor is not None and tokenizer is None:
+            tokenizer, is_given = getattr(processor, "tokenizer", None), True
+        tokenizer = tokenizer if is_given else found.tokenizer(tokenizer)
+        look = None if source is None else source.processor
+        self.__dict__["_inputs"] = Prompts(module, tokenizer, processor, look)
         self.__dict__["_weights"] = Pending(module, source)
         self.__dict__["_repertoire"] = Repertoire()
         if import_edits:
@@ -109,6 +118,14 @@ class LanguageModel(Model):
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
         self._inputs.tokenizer = tokenizer
+
+    @property
+    def processor(self) -> Any:
+        """What makes tensors of images and texts; None for a model without one.
+
+        Raises: LoadError where it needs a library that is not there.
+        """
+        return self._inputs.processor
 
     def dispatch(self) -> LanguageModel:
         """Load the weights, if that has not been done.  Returns: this model.
@@ -178,7 +195,9 @@ class LanguageModel(Model):
         check_inputs((args, kwargs))
         for value in values_in((args, kwargs)):  # of an earlier trace of the session
             value.cell.recorder.force()
-        call = self._inputs.prepare(args, {}) if has_prompt else None
+        media = media_in(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in media}
+        call = self._inputs.prepare(args, media) if has_prompt or media else None
         prompts = Prompted(call, kwargs, self._inputs)
         if not trace and not self._edits and backend != "inductor":
             return self._module.generate(*prompts.call[0], **prompts.call[1])
@@ -195,19 +214,20 @@ class LanguageModel(Model):
 
     def __reduce__(self) -> tuple[Any, ...]:
         edits = super().__reduce__()[1][-1]
-        return _again, (type(self), self._module, self.tokenizer, self._weights.source, self._options, edits)
+        tools = (self.tokenizer, self._inputs.known_processor)
+        return _again, (type(self), self._module, tools, self._weights.source, self._options, edits)
 
 
 def _again(
     cls: type[LanguageModel],
     module: nn.Module,
-    tokenizer: Any,
+    tools: tuple[Any, Any],
     source: Source | None,
     options: Mapping[str, Any],
     edits: Any,
 ) -> LanguageModel:
     """A model that was copied or pickled."""
-    model = cls(module, tokenizer=tokenizer, **options)
+    model = cls(module, tokenizer=tools[0], processor=tools[1], **options)
     model.__dict__["_weights"] = Pending(module, source)
     if edits is not None:
         model.edits.load(edits_of(*edits), module)

@@ -85,6 +85,22 @@ class Source:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    def processor(self) -> Any:
+        """What makes tensors of images and texts; None where there is none.
+
+        Raises: LoadError where it needs a library that is not there.
+        """
+        from transformers import AutoProcessor
+
+        options = {name: value for name, value in self.options.items() if name in _OF_FILES}
+        try:
+            found: Any = AutoProcessor.from_pretrained(self.name, **options)
+        except ImportError as error:
+            raise LoadError(f"the processor of {self.name!r} needs a library: {str(error).strip()}") from error
+        except (OSError, ValueError):
+            return None
+        return found if hasattr(found, "tokenizer") else None  # a model without one gets its tokenizer
+
     # -- how ---------------------------------------------------------------------------------------------------------
 
     def _config(self) -> Any:

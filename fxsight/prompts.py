@@ -7,7 +7,7 @@ padded here, not by the tokenizer, so that a tokenizer needs no padding token an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from fxsight.errors import InputError, TraceError
 from fxsight.inputs import Inputs
+from fxsight.media import media_in, only_accepted, processed
 from fxsight.padding import Padding
 from fxsight.program import Program
 from fxsight.rows import Call
@@ -29,10 +30,24 @@ class Prompts(Inputs):
 
     module: the model as it is now; its forward says which arguments are its own, all others are the tokenizer's.
     tokenizer: None where the model has none; then token ids are the only inputs.
+    processor: what makes tensors of images.  look: where it is looked for, once, when there are images.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any) -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Any, processor: Any = None, look: Callable[[], Any] | None = None
+    ) -> None:
         self.module, self.tokenizer = module, tokenizer
+        self.known_processor, self._look = processor, look
+
+    @property
+    def processor(self) -> Any:
+        """The processor; None where the model has none.
+
+        Raises: LoadError where it needs a library that is not there.
+        """
+        if self.known_processor is None and self._look is not None:
+            self.known_processor, self._look = self._look(), None
+        return self.known_processor
 
     @cached_property
     def accepted(self) -> frozenset[str]:
@@ -51,15 +66,20 @@ class Prompts(Inputs):
 
     def are_given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether there is an input in the arguments of a block; without, the invokes in it bring theirs."""
-        return bool(args) or any(isinstance(x, torch.Tensor) for x in kwargs.values())
+        return bool(args or media_in(kwargs)) or any(isinstance(x, torch.Tensor) for x in kwargs.values())
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call of the module: keyword arguments with the tokens in them.
 
-        Raises: InputError for a text without a tokenizer, for no tokens, and for what is neither text nor tokens.
+        Raises: InputError for a text without a tokenizer, for no tokens, for what is neither text nor tokens, and for
+        images without a processor or a text.
         """
         words = {name: value for name, value in kwargs.items() if self._is_word(name)}
-        own = {name: value for name, value in kwargs.items() if name not in words}
+        media = media_in(kwargs, self.accepted)
+        own = {name: value for name, value in kwargs.items() if name not in words and name not in media}
+        if media:
+            made = processed(self.processor, args[0] if len(args) == 1 else args, media, words)
+            return (), self._on_device({**only_accepted(made, type(self.module).forward), **own})
         if isinstance(own.get("labels"), (str, list)):
             own["labels"] = self._tokens(own["labels"], words)["input_ids"]
         if len(args) != 1 or (isinstance(args[0], torch.Tensor) and not _is_ids(args[0])):

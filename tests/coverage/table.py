@@ -16,6 +16,11 @@ For each: all blocks are read, and written; so is the last operation in each blo
 the source where its source calls it once. **{works} of {count} work.** Of the others, {unmade} could not be made small
 by our recipes or do not run so, which says nothing about them; {broken} cannot be captured, or differ from hooks.
 
+A row is of the last run of its architecture; a run may be of a few. What fails in `transformers` itself: `blt`, `dbrx`,
+`longcat_flash` and `qwen4_exp` decide in Python by the numbers in a tensor how they go on (which experts have tokens,
+where a patch of bytes ends, how many blocks are full), which no graph can hold; `gemma3n` needs timm and PIL; a
+`gemma4_assistant` must share the keys of all its layers, and its config refuses that no layer makes them.
+
 "again" marks those that are captured a second time for other sizes, because their code asks about sizes.
 
 | model type | blocks | mixers | by source | captured in | result |
