@@ -27,6 +27,7 @@ from fxsight.other_sizes import other_sizes
 from fxsight.plain_module import PlainModule, bounds, dynamic_shapes, free_dims, plain_module
 from fxsight.program import Program
 from fxsight.rows import Call
+from fxsight.sizes import bind_sizes
 from fxsight.tree import flatten
 from fxsight.version import __version__
 
@@ -55,16 +56,25 @@ class Export:
 
 
 def export_edited(
-    captures: Captures, edits: Edits, call: Call, path: str | Path, kind: Kind | None, check: bool
+    captures: Captures,
+    edits: Edits,
+    call: Call,
+    path: str | Path,
+    kind: Kind | None,
+    check: bool,
+    others: Sequence[Call] | None = None,
 ) -> Export:
-    """Write the edited model as a file; see ``Model.export``."""
+    """Write the edited model as a file; see ``Model.export``.
+
+    others: calls of other sizes to compare with; made of the example where none are given.
+    """
     path = Path(path)
     kind = kind or _kind_of(path)
     made = edits.prepared(captures, call, "eager")
     leaves = flatten(call)[0]
     constants = {edits[i].names[j]: edits[i].tensors[j] for i, j in made.places}
     plain = plain_module(made.executable.program, captures.module, constants)
-    cases = _cases(captures, edits, made, call, plain)
+    cases = _cases(captures, edits, made, _calls(made, call, others), plain)
     with torch.no_grad():
         exported = _exported(made.executable.program, plain, leaves)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,21 +135,32 @@ def _write_onnx(exported: Any, path: Path) -> None:
     torch.onnx.export(exported, (), str(path), dynamo=True, verbose=False)
 
 
-def _cases(captures: Captures, edits: Edits, made: PlainCall, call: Call, plain: PlainModule) -> list[Any]:
-    """Sizes, inputs and results to compare with: the example, and sizes that were not seen at the export.
+def _calls(made: PlainCall, call: Call, others: Sequence[Call] | None) -> list[tuple[Any, Call]]:
+    """The example, and calls at sizes that were not seen at the export, with these sizes."""
+    leaves, tree = flatten(call)
+    if others is not None:
+        return [(None, call), *((bind_sizes(made.base, flatten(other)[0]), other) for other in others)]
+    return [
+        (None, call),
+        *((sizes, tree.build(other)) for sizes, other in other_sizes(made.base, leaves, _CASES - 1)),
+    ]
+
+
+def _cases(captures: Captures, edits: Edits, made: PlainCall, calls: Sequence[Any], plain: PlainModule) -> list[Any]:
+    """Sizes, inputs and results to compare with.
 
     Raises: EditError when an edit does not hold for other sizes.
     """
-    leaves, tree = flatten(call)
     cases: list[Any] = []
-    for sizes, other in [(None, leaves), *other_sizes(made.base, leaves, _CASES - 1)]:
-        args, kwargs = tree.build(other)
+    for sizes, call in calls:
+        leaves, tree = flatten(call)
+        args, kwargs = tree.build(leaves)  # a cache grows in a call: one of its own
         with torch.no_grad():
             if captures.find(args, kwargs)[0] is not made.base:
                 continue  # a forward of another kind: one prompt alone
             out = edits.call(captures, (args, kwargs))
         tensors = [x for x in flatten(out)[0] if isinstance(x, torch.Tensor)]
-        cases.append((sizes, Case(plain.arguments(other), tensors)))
+        cases.append((sizes, Case(plain.arguments(leaves), tensors)))
     return cases
 
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,32 @@ for number in range(int(count)):
 print("\\n" + json.dumps(found))
 """
 
+# Greedy generation with two files; the only thing that it knows of the model is the name of its cache.
+_LOOP = """
+import json, sys
+sys.modules["fxsight"] = None
+import torch
+prefill, decode = (torch.export.load(path).module() for path in sys.argv[1:3])
+cache, folder, count, length = sys.argv[3], sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
+
+def generate(inputs):
+    tokens, out = [], prefill(**inputs)
+    for _ in range(length):
+        token = out["logits"][:, -1:].argmax(-1)
+        inputs = {**inputs, "input_ids": token}
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(token)], -1)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
+        tokens.append(token)
+        out = decode(**inputs, **out[cache])
+    return torch.cat(tokens, -1)
+
+with torch.no_grad():
+    cases = [torch.load(f"{folder}/{number}.pt", weights_only=True) for number in range(count)]
+    print("\\n" + json.dumps([torch.equal(generate(case["inputs"]), case["tokens"]) for case in cases]))
+"""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -77,15 +104,8 @@ def check_file(kind: str, path: Path, cases: Sequence[Case], tolerance: float) -
 
     Raises: EditError when it cannot be loaded, or returns something else.
     """
-    with tempfile.TemporaryDirectory(prefix="fxsight-check-") as folder:
-        for number, case in enumerate(cases):
-            outputs = [tensor.detach() for tensor in case.outputs]
-            torch.save({"inputs": dict(case.inputs), "outputs": outputs}, Path(folder) / f"{number}.pt")
-        command = [sys.executable, "-c", _SCRIPT, kind, str(path.resolve()), folder, str(len(cases))]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=_environment())
-    if done.returncode:
-        raise EditError(f"{path} was written and cannot be run in a fresh process:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    data = [{"inputs": dict(case.inputs), "outputs": [t.detach() for t in case.outputs]} for case in cases]
+    found = _in_a_fresh_process(_SCRIPT, [kind, str(path.resolve())], data, [], path)
     largest = max(case["largest"] for case in found)
     if not all(case["shapes"] for case in found) or largest > tolerance:
         raise EditError(
@@ -93,6 +113,36 @@ def check_file(kind: str, path: Path, cases: Sequence[Case], tolerance: float) -
             f"{largest:.3g} and may be {tolerance:.3g}"
         )
     return Checked(all(case["bitwise"] for case in found), largest)
+
+
+def check_generation(prefill: Path, decode: Path, cache: str, cases: Sequence[tuple[Any, torch.Tensor]]) -> None:
+    """Generate greedily with two files in a process of its own.
+
+    cases: inputs, and the tokens that the edited model generates.
+
+    Raises: EditError when the tokens are others.
+    """
+    data = [{"inputs": _tensors(inputs), "tokens": tokens} for inputs, tokens in cases]
+    given = [str(prefill.resolve()), str(decode.resolve()), cache]
+    found = _in_a_fresh_process(_LOOP, given, data, [str(cases[0][1].shape[-1])], decode)
+    if not all(found):
+        raise EditError(f"{prefill} and {decode.name} were written, and generate other tokens than the edited model")
+
+
+def _tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+
+def _in_a_fresh_process(script: str, before: list[str], data: Sequence[Any], after: list[str], path: Path) -> Any:
+    """What a script prints as JSON in its last line, given files with data, one for each case."""
+    with tempfile.TemporaryDirectory(prefix="fxsight-check-") as folder:
+        for number, case in enumerate(data):
+            torch.save(case, Path(folder) / f"{number}.pt")
+        command = [sys.executable, "-c", script, *before, folder, str(len(data)), *after]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=_environment())
+    if done.returncode:
+        raise EditError(f"{path} was written and cannot be run in a fresh process:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _environment() -> dict[str, str]:

@@ -21,6 +21,7 @@ from fxsight.edit_text import edits_data, edits_of
 from fxsight.edits import Edits, PlainTrace
 from fxsight.errors import EditFileError, RenameError, TraceError, nearest
 from fxsight.export import Export, check_folded, export_edited
+from fxsight.export_steps import Steps, export_steps
 from fxsight.fold import fold_into_weights
 from fxsight.grid import Grid
 from fxsight.inputs import PLAIN, Inputs
@@ -272,6 +273,20 @@ class Model(View):
         if call is None:
             raise TraceError("an export needs an example of the inputs: edited.export(path, x)")
         return export_edited(self._captures, self.edits, call, path, format, check)
+
+    def export_generation(self, folder: str | Path, *args: Any, check: bool = True, **kwargs: Any) -> Steps:
+        """Write an edited language model as two files that generate without fxsight: see ``export_steps``.
+
+        folder: gets ``prefill.pt2`` and ``decode.pt2``, and a manifest beside each.  args, kwargs: an example of the
+        prompts, of two tokens or more; with an ``attention_mask`` the files take one, too, and ``position_ids``.
+        check: load both in a fresh process and compare what they compute and the tokens that they generate.
+
+        Raises: EditError for a model without such a cache, and as ``export``; TraceError without an example.
+        """
+        call = self._call_of(args, kwargs)
+        if call is None:
+            raise TraceError("an export needs an example of the prompts: edited.export_generation(folder, input_ids=x)")
+        return export_steps(self._captures, self.edits, call, folder, check)
 
     def _edited(self) -> Model:
         """The same model with the same edits, to which others can be added."""

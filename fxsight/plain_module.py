@@ -1,7 +1,8 @@
 """A finished program as a plain ``fx.GraphModule``: for torch.export and everything behind it. fxsight is not in it.
 
 Weights keep their names; the tensors of edits are under ``edits.``, those of the model's own code under ``literals.``.
-What the model returns in a class of its own becomes a dict, so that a file can be loaded without the model's library.
+What the model returns in a class of its own becomes a dict, so that a file can be loaded without the model's library; a
+cache of keys and values is a dict of its tensors, whose names are the same among the inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fxsight.errors import EditError
 from fxsight.node import Fixed, binding_of
 from fxsight.program import Program
 from fxsight.run import Weights
-from fxsight.spec import TensorSpec
+from fxsight.spec import SizeSpec, TensorSpec
 from fxsight.tree import Tree
 
 
@@ -52,7 +53,7 @@ def plain_module(program: Program, base: nn.Module, constants: Mapping[str, torc
         if node.op == "output":
             returned = program.outputs.children[0]
             leaves = iter([made[n] for n in program.results])
-            graph.output(_structure(returned, iter(program.output_leaves), leaves))
+            graph.output(_structure(returned, iter(program.output_leaves), leaves, ""))
         elif node.op == "call_function":
             made[node] = graph.node_copy(node, made.__getitem__)
             made[node].meta.clear()
@@ -83,12 +84,20 @@ def _input_names(program: Program, base: nn.Module) -> dict[str, int]:
     number = 0
     for name, child in zip(names, (*args.children, *kwargs.children), strict=True):
         leaves = program.input_leaves[number : number + child.size]
-        if child.kind != "leaf" and any(isinstance(leaf, TensorSpec) for leaf in leaves):
+        if child.kind not in ("leaf", "object") and any(isinstance(leaf, TensorSpec) for leaf in leaves):
             raise EditError(f"the input {name!r} is a {child.kind}; what is exported takes single tensors")
-        if child.kind == "leaf" and isinstance(leaves[0], TensorSpec):
-            found[name] = number
+        if any(isinstance(leaf, SizeSpec) for leaf in leaves):
+            raise EditError(f"the cache {name!r} counts what it has seen, and what is exported takes tensors alone")
+        for place, (way, leaf) in enumerate(zip(child.paths(), leaves, strict=True)):
+            if isinstance(leaf, TensorSpec):
+                found[member_name(name, way)] = number + place
         number += child.size
     return found
+
+
+def member_name(name: str, way: Sequence[Any]) -> str:
+    """The name of a tensor in a cache: ``past_key_values_layers_0_keys``."""
+    return "_".join([name, *map(str, way)])
 
 
 def _attribute(prefix: str, name: str) -> str:
@@ -110,12 +119,15 @@ def _put(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
         root.register_buffer(leaf, tensor)
 
 
-def _structure(tree: Tree, leaves: Any, values: Any) -> Any:
-    """The output: tuples, lists and dicts of nodes and of what is fixed."""
+def _structure(tree: Tree, leaves: Any, values: Any, name: str) -> Any:
+    """The output: tuples, lists and dicts of nodes and of what is fixed; a cache is a dict of its tensors by name."""
     if tree.kind == "leaf":
         leaf = next(leaves)
         return leaf.value if isinstance(leaf, Fixed) else next(values)
-    members = [_structure(child, leaves, values) for child in tree.children]
+    if tree.kind == "object":
+        ways = [way for way in tree.paths() if not isinstance(next(leaves), Fixed)]
+        return {member_name(name, way): next(values) for way in ways}
+    members = [_structure(child, leaves, values, str(key)) for key, child in zip(tree.keys, tree.children, strict=True)]
     if tree.kind in ("dict", "fields", "cache"):
         return dict(zip(map(str, tree.keys), members, strict=True))
     return members if tree.kind == "list" else tuple(members)
