@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fxsight.cache import Cache as Cache
     from fxsight.compare import Diff as Diff
     from fxsight.compare import diff as diff
+    from fxsight.compare import save_program as save_program
     from fxsight.containers import bool as bool
     from fxsight.containers import bytearray as bytearray
     from fxsight.containers import bytes as bytes
@@ -58,7 +59,7 @@ _HOMES = {
     "address": "Address",
     "cache": "Cache",
     "containers": "bool bytearray bytes complex dict float int list set str tuple",
-    "compare": "Diff diff",
+    "compare": "Diff diff save_program",
     "edit": "Edit",
     "errors": "CaptureError CausalityError EditError FxsightError FxsightWarning InputError LoadError "
     "NotCached NotExecuted NotSavedError SweepWarning TraceError UnknownAddress WriteError",

@@ -1,7 +1,8 @@
 """What differs between two programs: operations added, removed and rewired, and what that costs.
 
 Operations are paired by where they come from, the call of the model, the operator and its number there, and not by
-their names: so programs of two versions of a model, or of a library, can be compared, too.
+their names: so programs of two versions of a model, or of a library, can be compared, too. ``save_program`` keeps one
+in a file, for a process that has another version.
 """
 
 from __future__ import annotations
@@ -9,18 +10,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from fxsight.cost import Cost, bytes_of, cost_of
+from fxsight.errors import TextError
 from fxsight.node import binding_of, origin_of
+from fxsight.passes.erase_boundaries import EraseBoundaries
 from fxsight.program import Program
+from fxsight.store import decode, encode
 from fxsight.targets import argument_text, target_name
 from fxsight.text import spec_text
 
 Kind = Literal["added", "removed", "rewired"]
 _SIGN: Mapping[Kind, str] = {"added": "+", "removed": "-", "rewired": "~"}
+_FILE = "a program to compare"
 _EXAMPLE = 16  # of a free size that is not given
 Key = tuple[str, str, int]
 
@@ -85,10 +92,13 @@ class Diff:
 def diff(before: Any, after: Any, sizes: Mapping[str, int] | None = None) -> Diff:
     """What differs between two programs.
 
-    before, after: each a ``Program``, or what has one: a finished program, a trace that has ended.
+    before, after: each a ``Program``, or what has one: a finished program, a trace that has ended, a model (that of its
+    last forward), a file that ``save_program`` has written.
     sizes: for the cost; 16 for those that are not given.
+
+    Raises: TypeError for what has no program; TextError for a file that cannot be read; OSError.
     """
-    a, b = program_of(before), program_of(after)
+    a, b = (EraseBoundaries()(program_of(each)) for each in (before, after))
     free = {size.name: max(size.low, _EXAMPLE) for p in (a, b) for size in p.sizes}
     at = {name: (sizes or {}).get(name, number) for name, number in free.items()}
     changes = tuple(_changes(a, b))
@@ -104,14 +114,44 @@ def _made_bytes(program: Program, sizes: Mapping[str, int]) -> int:
 def program_of(thing: Any) -> Program:
     """The program that something is or has.
 
-    Raises: TypeError.
+    Raises: as ``diff``.
     """
+    if isinstance(thing, (str, Path)):
+        return _read(Path(thing))
     while not isinstance(thing, Program):
-        found = getattr(thing, "program", None)
+        captures = vars(thing).get("_captures") if hasattr(thing, "__dict__") else None
+        found = getattr(thing, "program", None) if captures is None else captures.latest
         if found is None:
-            raise TypeError(f"a program, or a trace that has ended, not a {type(thing).__name__}")
+            what = "nothing has been captured of this model yet: model.capture(x)" if captures is not None else ""
+            raise TypeError(what or f"a program, a file of one, a model or a trace that has ended, not {_kind(thing)}")
         thing = found
     return thing
+
+
+def _kind(thing: Any) -> str:
+    return f"a {type(thing).__name__}"
+
+
+def save_program(thing: Any, path: str | Path) -> Path:
+    """Write a program to a file, to be compared where there is another version of the model's code or of a library.
+
+    thing: as in ``diff``.  Returns: the path.
+
+    Raises: TypeError for what has no program; OSError.
+    """
+    path = Path(path)
+    path.write_bytes(encode(program_of(thing), _FILE, of_code=False))
+    return path
+
+
+def _read(path: Path) -> Program:
+    data = path.read_bytes()
+    try:
+        return decode(data, _FILE)
+    except Exception as error:  # whatever a foreign file makes zipfile, json, torch or the parser raise
+        raise TextError(
+            f"{path}: no file of a program, or of one that torch {torch.__version__} lacks: {error}"
+        ) from None
 
 
 def _changes(a: Program, b: Program) -> list[Change]:

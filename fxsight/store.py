@@ -78,15 +78,18 @@ class Store:
 # ------------------------------------------------------------------------------------------------------ one file
 
 
-def encode(program: Program, name: str) -> bytes:
+def encode(program: Program, name: str, of_code: bool = True) -> bytes:
     """The file of a program that holds for the identity ``name``.
+
+    of_code: whether it holds for the model's code as it is now, and for no other.
 
     Raises: TextError, TypeError, ValueError, or an error of ours, for what cannot be read back.
     """
     sources = {os.path.abspath(call.body[0]) for call in program.book.calls if call.body}
-    sources = {file for file in sources if not file.startswith(_TORCH)}
+    sources = {file for file in sources if of_code and not file.startswith(_TORCH)}
     check_current(program.book, sources)
-    _check_own_literals(program)
+    if of_code:
+        _check_own_literals(program)
     entry = {
         "format": FORMAT,
         "identity": name,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import fxsight
 from fxsight import Model
 from fxsight.capture import capture
+from fxsight.errors import TextError
 
 
 class Net(nn.Module):
@@ -89,5 +92,28 @@ def test_two_traces() -> None:
         model.up.output[:] = 0
         model.output.save()
     assert fxsight.diff(one, two).of("added") and not fxsight.diff(one, one)
-    with pytest.raises(TypeError, match="a program, or a trace that has ended, not a int"):
+    with pytest.raises(TypeError, match="a program, a file of one, a model or a trace that has ended, not a int"):
         fxsight.diff(1, two)
+
+
+def test_two_models() -> None:
+    one, two = _model(), Model(Net(deep=True).requires_grad_(False), cache=False)
+    with pytest.raises(TypeError, match=r"nothing has been captured of this model yet: model.capture\(x\)"):
+        fxsight.diff(one, two)
+    found = fxsight.diff(one.capture(_x()), two.capture(_x()))
+    assert [change.address for change in found.of("added")] == ["/torch_tanh_0"]
+    assert not fxsight.diff(one, one)
+
+
+def test_a_file(tmp_path: Path) -> None:
+    one, two = _model(), Model(Net(deep=True).requires_grad_(False), cache=False)
+    path = fxsight.save_program(one.capture(_x()), tmp_path / "net.program")
+    assert not fxsight.diff(path, one) and not fxsight.diff(one, str(path))
+    assert str(fxsight.diff(path, two.capture(_x()))) == str(fxsight.diff(one, two))
+    data = asdict(fxsight.diff(path, two))
+    assert data["changes"][0]["kind"] == "added" and data["after"]["flops"] > data["before"]["flops"]
+    path.write_bytes(b"no")
+    with pytest.raises(TextError, match=r"net.program: no file of a program, or of one that torch .* lacks: "):
+        fxsight.diff(path, one)
+    with pytest.raises(FileNotFoundError):
+        fxsight.diff(tmp_path / "other", one)
