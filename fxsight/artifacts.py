@@ -30,10 +30,11 @@ from fxsight.effects import is_random
 from fxsight.fakes import Fakes, propagate
 from fxsight.folder import Folder, cache_folder, digest, remove
 from fxsight.identity import library_versions
-from fxsight.spec import Spec, TensorSpec, parse_expr
+from fxsight.spec import Spec, TensorSpec, contiguous_stride, parse_expr
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 256  # artifacts in memory
+_CATS = (torch.ops.aten.cat.default, torch.cat)
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
@@ -132,8 +133,29 @@ def traced(region: Canonical) -> tuple[fx.GraphModule, list[Any], tuple[Spec, ..
     module = fx.GraphModule(torch.nn.Module(), _with_methods(region.graph))
     fakes = Fakes(region.sizes)
     example = [fakes.of(node.meta["spec"]) for node in region.graph.nodes if node.op == "placeholder"]
-    results = propagate(module, fakes.mode, example)
-    return module, example, tuple(map(fakes.spec, results)), fakes
+    results = tuple(map(fakes.spec, propagate(module, fakes.mode, example)))
+    if _lay_out(module, results):
+        propagate(module, fakes.mode, example)
+    return module, example, results, fakes
+
+
+def _lay_out(module: fx.GraphModule, results: Sequence[Spec]) -> bool:
+    """Let the results of ``cat`` lie row by row where they do: a compiler may lay them out as what was put together.
+
+    Returns: whether there are any.
+    """
+    output = module.graph.output_node()
+    found: Any = output.args[0]
+    made = [node for node, spec in zip(found, results, strict=True) if node.target in _CATS and _is_plain(spec)]
+    with module.graph.inserting_before(output):
+        plain = {node: module.graph.call_method("contiguous", (node,)) for node in made}
+    output.args = (type(found)(plain.get(node, node) for node in found),)
+    module.recompile()
+    return bool(plain)
+
+
+def _is_plain(spec: Spec) -> bool:
+    return isinstance(spec, TensorSpec) and tuple(spec.stride) == tuple(contiguous_stride(spec.shape))
 
 
 def _with_methods(graph: fx.Graph) -> fx.Graph:

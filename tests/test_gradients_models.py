@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
 )
 
 import fxsight
@@ -39,6 +41,11 @@ def _bert() -> tuple[nn.Module, str]:
     return BertForMaskedLM(BertConfig(vocab_size=WORDS, **sizes)), "bert.encoder.layer"
 
 
+def _mamba() -> tuple[nn.Module, str]:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "state_size": 4, "time_step_rank": 2}
+    return MambaForCausalLM(MambaConfig(vocab_size=WORDS, use_cache=False, **sizes)), "backbone.layers"
+
+
 def _ids(rows: int, length: int) -> Tensor:
     return torch.randint(0, WORDS, (rows, length), generator=torch.Generator().manual_seed(rows))
 
@@ -58,7 +65,7 @@ def _same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("make", [_gpt2, _llama, _bert])
+@pytest.mark.parametrize("make", [_gpt2, _llama, _bert, _mamba])
 def test_language_models(make: Callable[[], tuple[nn.Module, str]], frozen: bool) -> None:
     torch.manual_seed(0)
     net, blocks = make()

@@ -24,8 +24,8 @@ def _net(frozen: bool = True) -> Any:
     return net.eval().requires_grad_(not frozen)
 
 
-def _trace(model: Any, ids: Tensor) -> tuple[Any, list[Tensor]]:
-    with model.trace(ids) as tracer:
+def _trace(model: Any, ids: Tensor, backend: Any = "eager") -> tuple[Any, list[Tensor]]:
+    with model.trace(ids, backend=backend) as tracer:
         blocks = [block.output for block in model.transformer.h]
         blocks = [b[0] if isinstance(b, tuple) else b for b in blocks]
         model.output.logits[:, -1, 5].sum().backward()
@@ -116,6 +116,11 @@ def test_compiled_it_is_always_so() -> None:
     net = _net()
     model = fxsight.Model(net, cache=False)
     rtol, atol = TOLERANCE[torch.float32]
+    for ids in (IDS, OTHER):
+        tracer, found = _trace(model, ids, "inductor")
+        for one, other in zip(found, _hooked(net, ids), strict=True):
+            torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+        assert _is_narrow(tracer)
     with torch.no_grad(), model.trace(IDS, backend="inductor") as tracer:
         last = model.output.logits[:, -1].save()
     torch.testing.assert_close(last, net(IDS).logits[:, -1], rtol=rtol, atol=atol)

@@ -182,6 +182,35 @@ def steered(name: str, tokens: int, quick: bool) -> Job:
     return job
 
 
+# -- W8 ------------------------------------------------------------------------------------------------------
+
+
+def attribution(name: str, quick: bool) -> Job:
+    """All values of a model and their gradients, asked for in the order in which they come."""
+    model = _model(name)
+    task = grid.Task.of(model, quick)
+    parts = [part for block in list(model.transformer.h)[: task.layers] for part in (block.attn, block.mlp, block)]
+
+    def first(output: Any) -> Any:
+        return output[0] if isinstance(output, tuple) else output
+
+    def job() -> list[Tensor]:
+        with torch.no_grad(), model.trace(task.clean):
+            clean = nnsight.save([first(part.output) for part in parts])
+        with model.trace(task.corrupted):
+            values = nnsight.save([])
+            for part in parts:
+                value = first(part.output)
+                values.append(value if value.requires_grad else value.requires_grad_())
+            loss = task.metric(model.lm_head.output).sum()
+            with loss.backward():
+                found = nnsight.save([value.grad for value in reversed(values)])
+        with torch.no_grad():
+            return [((a - b) * g).sum(-1) for a, b, g in zip(clean, values, reversed(found), strict=True)]
+
+    return job
+
+
 JOBS: Mapping[str, Callable[[bool], Job]] = {
     "t1 empty trace": partial(_layers, empty),
     "t1 1 save": partial(_layers, one_save),
@@ -198,6 +227,7 @@ JOBS: Mapping[str, Callable[[bool], Job]] = {
         for name in models.LANGUAGE
         for title, where in POSITIONS.items()
     },
+    **{f"w8 {name} attribution": partial(attribution, name) for name in models.LANGUAGE},
     **{f"w20 {name}": partial(harvest, name) for name in models.LANGUAGE},
     **{f"w1 {name}": partial(residual_grid, name) for name in ("toy", "small", "gpt2")},
     **nnsight_grids.JOBS,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxsight.model import Model
+from fxsight.running import Backend
 from tests.bench import hooks, models
-from tests.bench.case import CAREFUL, HOOKS, TRACE, Bench, Case, Workload
+from tests.bench.case import CAREFUL, HOOKS, INDUCTOR, TRACE, Bench, Case, Workload
 from tests.bench.grid import Task
 from tests.bench.report import Table, paired_table
 from tests.bench.timing import Job
@@ -69,12 +71,12 @@ class Attribution:
 
         return job
 
-    def traced(self) -> list[Tensor]:
+    def traced(self, backend: Backend = "eager") -> list[Tensor]:
         """As a researcher writes it."""
         parts = self._parts(self.model)
-        with torch.no_grad(), self.model.trace(self.task.clean, backend="eager"):
+        with torch.no_grad(), self.model.trace(self.task.clean, backend=backend):
             clean = [_first(part.output).save() for part in parts]
-        with self.model.trace(self.task.corrupted, backend="eager"):
+        with self.model.trace(self.task.corrupted, backend=backend):
             values = [_first(part.output) for part in parts]
             self.task.metric(self.model.lm_head.output).sum().backward()
             pairs = zip(clean, values, strict=True)
@@ -115,10 +117,10 @@ class Lora:
 
         return job
 
-    def traced(self) -> list[Tensor]:
+    def traced(self, backend: Backend = "eager") -> list[Tensor]:
         """As a researcher writes it."""
         mlp = self.model.transformer.h[-1].mlp
-        with self.model.trace(self.ids, backend="eager"):
+        with self.model.trace(self.ids, backend=backend):
             mlp.output = mlp.output + mlp.input @ self.down @ self.up
             loss = self._loss(self.model.lm_head.output)
             loss.backward()
@@ -134,12 +136,15 @@ def run(bench: Bench) -> Iterator[Table]:
 
 
 def _cases(quick: bool) -> Iterator[Case]:
-    net: Any = models.LANGUAGE["toy" if quick else "gpt2"]()
+    model = "toy" if quick else "gpt2"
+    net: Any = models.LANGUAGE[model]()
     task = Task.of(net, quick)
     kinds: list[tuple[str, Any]] = [("attribution", Attribution(net, task)), ("LoRA step", Lora(net, task))]
     for name, kind in kinds:
         jobs = {HOOKS: kind.hooked(False), CAREFUL: kind.hooked(True), TRACE: kind.traced}
-        yield Case(name, jobs, reference=HOOKS, rounds=9, calls=1)
+        jobs[INDUCTOR] = partial(kind.traced, "inductor")
+        remote = f"w8 {model} attribution" if name == "attribution" else ""
+        yield Case(name, jobs, remote, reference=HOOKS, rounds=9, calls=1)
 
 
 WORKLOAD = Workload("w8", "attribution patching and a LoRA step: two forwards and one backward", run, default=False)
