@@ -22,6 +22,9 @@ from fxsight.node import Fixed
 from fxsight.program import Program
 from fxsight.sizes import AGAIN, bind_sizes, given_text
 from fxsight.tree import Tree, flatten
+from fxsight.watch import kinds
+
+REMEMBERED = 4096
 
 
 class Executable:
@@ -51,6 +54,7 @@ class Executable:
         self.constants = list(constants)
         self.decided = False
         self._numbers: tuple[int | float, ...] = ()
+        self._fitting: set[Any] = set()  # kinds of inputs that have been checked
         self._lock = nullcontext() if lock is None else lock
         self.fixed = dict(fixed)
         bindings = list(enumerate(program.bindings.values()))
@@ -133,8 +137,12 @@ class Executable:
                 f"the program takes {self._takes()}, and is given {_call_text(tree, map(given_text, leaves))}; "
                 "call it as the model was called in its trace"
             )
-        sizes = bind_sizes(self.program, leaves)
-        self._check_fixed(leaves, sizes)
+        same = kinds(leaves)
+        if same is None or same not in self._fitting:
+            self._check_fixed(leaves, bind_sizes(self.program, leaves))
+            if len(self._fitting) >= REMEMBERED:
+                self._fitting.clear()
+            self._fitting.add(same)
         return leaves
 
     def build(self, results: Sequence[Any]) -> tuple[Any, ...]:

@@ -208,7 +208,8 @@ class Value(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        first = next((x for x in args if type(x) is Value), None)
+        is_first = bool(args) and type(args[0]) is Value
+        first = args[0] if is_first else next((x for x in args if type(x) is Value), None)
         if first is not None and first.walk is not None and first.walk.live:
             return first.walk.call(func, args, kwargs)
         values = list(values_in((args, kwargs)))

@@ -118,7 +118,6 @@ _PLAIN = frozenset(
     [
         int,
         bool,
-        str,
         type(None),
         complex,
         type(...),
@@ -129,6 +128,7 @@ _PLAIN = frozenset(
         bytes,
     ]
 )
+_ALL = ("all",)  # the key of ``[:]``
 _LEAVING = NUMBERS | {"register_hook", "nonzero", "argwhere", "masked_select", "unique"}
 
 
@@ -416,19 +416,21 @@ class Walk:
         Raises: Unknown for an object that is not known here.
         """
         kind = type(leaf)
+        if kind in _PLAIN:
+            return (kind, leaf)
         if kind is Value:
             if leaf.walk is not self:
                 raise Unknown
             return (Value, leaf.number)
         if kind is str:
             return leaf
-        if kind in _PLAIN:
-            return (kind, leaf)
         if kind is float:
             return (kind, leaf if leaf else str(leaf))  # -0.0 equals 0.0
         if kind is tuple or kind is list or kind is torch.Size:
             return (kind, *map(self._key, leaf))
         if kind is slice:
+            if leaf.start is leaf.stop is leaf.step is None:
+                return _ALL
             return (kind, self._key(leaf.start), self._key(leaf.stop), self._key(leaf.step))
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             return self._tensor_key(leaf)

@@ -615,6 +615,20 @@ def test_the_program_on_new_inputs_equals_a_new_trace() -> None:
         )
 
 
+def test_a_program_refuses_what_does_not_fit_again_and_again() -> None:
+    """Inputs that fit are checked once for each kind; others are refused each time."""
+    net = nn.Sequential(nn.Linear(3, 3))
+    model, x = fxsight.Model(net, cache=False), torch.ones(2, 3)
+    with torch.no_grad(), model.trace(x) as tracer:
+        model.output[: model.output.shape[0] - 1] = 0
+        out = model.output.save()
+    for _ in range(3):
+        assert torch.equal(tracer.program(x)[0], out)
+        for other, why in [(torch.ones(3, 3), "batch = 2"), (torch.ones(2, 4), "takes"), (x.double(), "f64")]:
+            with pytest.raises(fxsight.InputError, match=why):
+                tracer.program(other)
+
+
 def test_a_program_sees_new_weights() -> None:
     net = nn.Sequential(nn.Linear(3, 3))
     model = fxsight.Model(net, cache=False)
