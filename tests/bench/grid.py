@@ -42,6 +42,11 @@ class Task:
         return logits[:, -1, RIGHT] - logits[:, -1, WRONG]
 
 
+def forget_plans(model: Any) -> None:
+    """What is timed next makes its plan: an equal sweep or session before it is not remembered."""
+    model._captures.plans.clear()
+
+
 def stacked(cells: list[Tensor]) -> list[Tensor]:
     """All cells as one result, f32[cells, prompts]."""
     return [torch.stack(cells)]

@@ -8,7 +8,7 @@ import torch
 from tests.bench import models
 from tests.bench.case import FAST, FAST_PLAN, HOOKS, PLAN, SWEEP, Bench, Case, Workload
 from tests.bench.figure import Figure
-from tests.bench.grid import Task
+from tests.bench.grid import Task, forget_plans
 from tests.bench.hooks import inputs
 from tests.bench.report import Table
 from tests.bench.timing import Job
@@ -80,6 +80,7 @@ def _swept(model: Any, task: Task, places: Places, mode: str, names: tuple[str, 
         return task.metric(model.lm_head.output)
 
     def sweep() -> list[torch.Tensor]:
+        forget_plans(model)
         return [model.sweep(body, task.corrupted, mode=mode, cell=range(len(places))).values]
 
     plan = model.plan(body, task.corrupted, mode=mode, cell=range(len(places)))

@@ -24,13 +24,13 @@ from tests.bench.case import (
     Workload,
     compiled,
 )
-from tests.bench.grid import Task, stacked
+from tests.bench.grid import Task, forget_plans, stacked
 from tests.bench.report import Table, paired_table
 from tests.bench.timing import Job
 
 NOTE = (
     "Every cell has been compared with the hooks' first: bit for bit in mode exact, within 1e-4 in mode fast. "
-    "A plan is made before it is timed; a sweep writes its cells down and finds the plan of the equal sweep before it. "
+    "A sweep makes its plan; a plan is made before it is timed. "
     "Patterns: the hooks compute one head anew, fxsight writes the fused attention of one layer out, which is another "
     "formula: within 1e-4 in both modes. nnsight: a trace a cell. torch.compile: the bare module, as often as there "
     "are cells, without edits."
@@ -83,7 +83,11 @@ def _naive(net: Any, task: Task, cells: Sequence[tuple[Any, ...]], hooked: Calla
 
 def _jobs(model: Any, task: Task, body: Any, axes: dict[str, Any]) -> dict[str, Job]:
     def swept(mode: str) -> Job:
-        return lambda: [_flat(model.sweep(body, task.corrupted, mode=mode, **axes), len(axes))]
+        def job() -> list[Tensor]:
+            forget_plans(model)
+            return [_flat(model.sweep(body, task.corrupted, mode=mode, **axes), len(axes))]
+
+        return job
 
     def planned(mode: str) -> Job:
         plan = model.plan(body, task.corrupted, mode=mode, **axes)

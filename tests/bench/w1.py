@@ -23,14 +23,14 @@ from tests.bench.case import (
     Workload,
     compiled,
 )
-from tests.bench.grid import Task, stacked
+from tests.bench.grid import Task, forget_plans, stacked
 from tests.bench.report import Table, paired_table
 from tests.bench.timing import Job
 
 NOTE = (
     "Every cell has been compared with the naive hooks' first. Careful hooks: one batched forward a layer, last logits "
     "only. fxsight: a trace a cell; session: the same traces in one session, which shares what they have in common; "
-    "sweep: one call. A session and a sweep find the plan of the equal one before. torch.compile: the bare module, as "
+    "sweep: one call. Both make their plan; a plan is made before it is timed. torch.compile: the bare module, as "
     "often as there are cells, without edits."
 )
 
@@ -144,6 +144,7 @@ def in_session(model: Any, task: Task) -> Job:
 
     def job() -> list[Tensor]:
         cells: list[Tensor] = []
+        forget_plans(model)
         with model.session():
             with model.trace(task.clean):
                 kept = [block.input for block in blocks[: task.layers]]
@@ -163,6 +164,7 @@ def swept(model: Any, task: Task, mode: str) -> Job:
     def job() -> list[Tensor]:
         with model.trace(task.clean, backend="eager"):
             kept = [block.input.save() for block in blocks[: task.layers]]
+        forget_plans(model)
         return [_plan(model, task, kept, mode).run().values.flatten(0, 1)]
 
     return job
