@@ -54,6 +54,7 @@ class Case:
 
     remote: nnsight's job of that name, in ``nnsight_jobs``; "" for none.
     close: contenders with other kernels or shapes, and so other last bits; all else must be bitwise equal.
+    unchecked: contenders that do something else, as the bare module does.
     calls: how many make a batch; by default as many as fill ``timing.BATCH``.
     """
 
@@ -63,6 +64,7 @@ class Case:
     reference: str = BARE
     close: frozenset[str] = CLOSE
     rounds: int = 15
+    unchecked: frozenset[str] = frozenset()
     calls: int | None = None
 
 
@@ -108,7 +110,7 @@ class Bench:
         return {
             name: largest_difference(f"{title}: {name}", clock.result(), expected, name in case.close)
             for name, clock in clocks.items()
-            if name not in (BARE, COMPILED, HOOKS)
+            if name not in (BARE, COMPILED, HOOKS, *case.unchecked)
         }
 
 

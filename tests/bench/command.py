@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from tests.bench import (
+    edited,
     grid_memory,
     growth,
     hotspots,
@@ -38,6 +39,7 @@ WORKLOADS: Sequence[Workload] = (
     startup.COMPILE,
     memory.WORKLOAD,
     regions.WORKLOAD,
+    edited.WORKLOAD,
     w1.WORKLOAD,
     sweeps.W2,
     sweeps.W3,
