@@ -54,8 +54,8 @@ class Case:
 
     remote: nnsight's job of that name, in ``nnsight_jobs``; "" for none.
     close: contenders with other kernels or shapes, and so other last bits; all else must be bitwise equal.
-    unchecked: contenders that do something else, as the bare module does.
     calls: how many make a batch; by default as many as fill ``timing.BATCH``.
+    unchecked: contenders that do something else, as the bare module does.
     """
 
     name: str
@@ -64,8 +64,8 @@ class Case:
     reference: str = BARE
     close: frozenset[str] = CLOSE
     rounds: int = 15
-    unchecked: frozenset[str] = frozenset()
     calls: int | None = None
+    unchecked: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
