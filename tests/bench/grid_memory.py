@@ -1,4 +1,4 @@
-"""Peak memory of a grid, in fresh processes: ``python -m tests.bench.grid_memory w2 "fxsight sweep" small`` prints MiB.
+"""Peak memory of a grid or of W8, in fresh processes: ``python -m tests.bench.grid_memory w2 "fxsight sweep" small``.
 
 Models, captures, plans and the clean run are there before, and one plain forward; what is shown is what the cells add.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tests.bench import models
-from tests.bench.case import CAREFUL, FAST, HOOKS, NNSIGHT, NNSIGHT_PYTHON, SESSION, SWEEP, Bench, Workload, say
+from tests.bench.case import CAREFUL, FAST, HOOKS, NNSIGHT, NNSIGHT_PYTHON, SESSION, SWEEP, TRACE, Bench, Workload, say
 from tests.bench.grid import Task
 from tests.bench.memory import peak
 from tests.bench.remote import ROOT, environment
@@ -23,6 +23,7 @@ from tests.bench.timing import Job
 CONTENDERS: dict[str, Sequence[str]] = {
     "w1": (HOOKS, CAREFUL, NNSIGHT, SESSION, SWEEP, FAST),
     **dict.fromkeys(("w2", "w3", "w21"), (HOOKS, NNSIGHT, SWEEP, FAST)),
+    "w8": (HOOKS, CAREFUL, NNSIGHT, TRACE),
 }
 
 
@@ -31,10 +32,13 @@ def _job(workload: str, contender: str, size: str, net: Any, task: Task) -> Job:
     if contender == NNSIGHT:
         from tests.bench.nnsight_jobs import JOBS
 
-        return JOBS[f"{workload} {size}"](False)
+        return JOBS["w8 gpt2 attribution" if workload == "w8" else f"{workload} {size}"](False)
     from fxsight.model import Model
-    from tests.bench import sweeps, w1
+    from tests.bench import sweeps, w1, w8
 
+    if workload == "w8":
+        kind = w8.Attribution(net, task)
+        return kind.traced if contender == TRACE else kind.hooked(contender == CAREFUL)
     model = Model(net, cache=False)
     if workload == "w1":
         made: dict[str, Callable[[], Job]] = {
@@ -56,7 +60,7 @@ def _measure(bench: Bench) -> Iterator[Table]:
     for workload, contenders in CONTENDERS.items():
         found = dict.fromkeys(names, "")
         for contender in contenders:
-            if contender == NNSIGHT and not bench.worker:
+            if contender == NNSIGHT and (not bench.worker or (workload, size) == ("w8", "small")):
                 continue
             say(f"memory of {workload}: {contender}")
             python = NNSIGHT_PYTHON if contender == NNSIGHT else Path(sys.executable)
@@ -71,7 +75,7 @@ def _measure(bench: Bench) -> Iterator[Table]:
 
 def main() -> None:
     workload, contender, size = sys.argv[1:]
-    with torch.no_grad():
+    with torch.set_grad_enabled(workload == "w8"):
         net: Any = models.MODELS[size]()
         task = Task.of(net, False)
         job = _job(workload, contender, size, net, task)
@@ -83,7 +87,7 @@ def main() -> None:
     print(json.dumps(added))
 
 
-WORKLOAD = Workload("gridmemory", "what the cells of W1, W2, W3 and W21 add to the memory (minutes)", _measure, False)
+WORKLOAD = Workload("gridmemory", "what the cells of W1, W2, W3 and W21, and W8, add to the memory (minutes)", _measure, False)
 
 if __name__ == "__main__":
     main()
