@@ -87,7 +87,7 @@ def main() -> None:
     print(json.dumps(added))
 
 
-WORKLOAD = Workload("gridmemory", "what the cells of W1, W2, W3 and W21, and W8, add to the memory (minutes)", _measure, False)
+WORKLOAD = Workload("gridmemory", "what W1, W2, W3, W8 and W21 add to the memory (minutes)", _measure, False)
 
 if __name__ == "__main__":
     main()
