@@ -19,6 +19,7 @@ from torch import fx
 
 from fxsight import _torch
 from fxsight.address import Address
+from fxsight.asked import asked_so_far
 from fxsight.beside import Beside, Unfit
 from fxsight.captures import Captures
 from fxsight.dynamo import Frame, Graph, first_names, frame_of, read_graph
@@ -235,7 +236,7 @@ class _GraphTrace(PlainTrace):
         self.base, recorder = self._base, self.recorder
         recorder.finish()
         self.constants = recorder.constants
-        asked = recorder.intervention(())
+        asked = asked_so_far(recorder, ())
         recorder.phase = "done"
         return asked
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from fxsight.asked import asked_so_far, trial
 from fxsight.intervention import Write
 from fxsight.place import Location
 from fxsight.record import Recorder
@@ -24,11 +25,11 @@ def check_causal(recorder: Recorder, location: Location, value: Any) -> None:
     if not isinstance(value, Value):
         return
     node = recorder.body.node_of(value)
-    if all(since <= location.since for since in recorder.needed_times(node)):
+    if all(since <= location.since for since in recorder.locations.needed_times(node)):
         return
     from fxsight.passes.weave import Weave
 
-    Weave(recorder.trial(Write(location, node.name, False, recorder.line())))(recorder.program)
+    Weave(trial(recorder, Write(location, node.name, False, recorder.line())))(recorder.program)
 
 
 def check_edit(recorder: Recorder, location: Location, node: fx.Node) -> None:
@@ -36,7 +37,7 @@ def check_edit(recorder: Recorder, location: Location, node: fx.Node) -> None:
 
     Raises: CausalityError.
     """
-    if any(since > location.since for since in recorder.needed_times(node)):
+    if any(since > location.since for since in recorder.locations.needed_times(node)):
         from fxsight.passes.weave import Weave
 
-        Weave(recorder.intervention(()))(recorder.program)
+        Weave(asked_so_far(recorder, ()))(recorder.program)

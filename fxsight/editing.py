@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxsight.asked import asked_so_far
 from fxsight.body import looked_sizes
 from fxsight.captures import Captures
 from fxsight.edit import Edit
@@ -73,7 +74,7 @@ class EditTrace(Tracer):
     def _end(self, walk: Walk) -> None:
         recorder = self._written
         recorder.finish()
-        asked = recorder.intervention(())
+        asked = asked_so_far(recorder, ())
         warn_of_lost_edits(recorder.body, asked)
         warn_of_unused_results(recorder.body, asked)
         if asked.backwards:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxsight.address import Address
+from fxsight.asked import asked_in_all
 from fxsight.captures import Captures
 from fxsight.edit import Edit
 from fxsight.errors import EditError, nearest
@@ -187,6 +188,6 @@ class PlainTrace(Tracer):
         recorder.keep(self.do_read(Address(""), "output"))
         recorder.finish()
         self.constants = recorder.constants
-        self.asked = recorder.asked([])
+        self.asked = asked_in_all(recorder, [])
         recorder.phase = "done"
         return self.asked

@@ -10,13 +10,14 @@ import torch
 from torch import fx, nn
 
 from fxsight.address import Address
+from fxsight.asked import fixed
 from fxsight.book import Call, SizeRef, Weight
 from fxsight.cache import ROOT, Cache, Entry, key_of
 from fxsight.errors import TraceError, UnknownAddress, nearest
 from fxsight.intervention import Save
 from fxsight.node import Fixed
 from fxsight.place import Location, Place
-from fxsight.record import Recorder, fixed
+from fxsight.record import Recorder
 from fxsight.rename import Aliases
 from fxsight.rows import Rows, batch_sizes
 from fxsight.tree import Tree

@@ -1,80 +1,33 @@
 """The recorder: runs a body once on shapes, and writes down what it asks for as an ``Intervention``.
 
-Here are the locations: what was read, what was written to them, in which order. The torch calls between are ``body``'s.
-Nothing is computed.
+The torch calls between reads and writes are ``body``'s; what has become of each location is ``locations``'. Nothing is
+computed.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from fxsight.address import Address
 from fxsight.backward import Arrival
 from fxsight.body import QUIET, Body, Demand, Update, looked_sizes
 from fxsight.containers import thaw
+from fxsight.dressed import Dresser
 from fxsight.errors import TraceError, WriteError
-from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.lines import user_line
+from fxsight.locations import Locations, State
 from fxsight.lost import stale_edit
-from fxsight.node import Binding, Fixed, Origin, origin_of
-from fxsight.past import Count
+from fxsight.node import origin_of
 from fxsight.place import Location, Places
 from fxsight.resize import resize
-from fxsight.rows import Rows, overlap
+from fxsight.rows import Rows
 from fxsight.spec import TensorSpec
-from fxsight.tree import LEAF, Tree, flatten
 from fxsight.value import Cell, Value
-
-
-@dataclass(eq=False)
-class State:
-    """What a body has made of one location: the node of its present value, and how it got there.
-
-    read: the placeholder of the value before any write.  version: how often it was written.  used: for which rows it
-    was read or written.
-    """
-
-    location: Location
-    node: fx.Node
-    read: str
-    version: int = 0
-    in_place: fx.Node | None = None
-    assigned: fx.Node | None = None
-    in_place_line: str = ""
-    line: str = ""
-    used: list[Rows | None] = field(default_factory=list[Rows | None])
-
-
-Dressed = tuple[Any, list[Any], Address]  # a structure of the model's, its leaves, and where it is from
-
-
-def undress(dressed: Iterable[Dressed]) -> None:
-    """Take the ``.save`` of model outputs away again.
-
-    Raises: WriteError when a member was assigned, which the model cannot see.
-    """
-    for structure, leaves, address in dressed:
-        attributes: Any = vars(structure)
-        attributes.pop("save", None)
-        now = flatten(structure)[0]
-        if len(now) != len(leaves) or any(not _is_same(a, b) for a, b in zip(now, leaves, strict=True)):
-            raise WriteError(
-                f"a member of {address} was assigned, which the model does not see; change it in place "
-                f"(out.logits[:] = ...) or write the whole (model.{address.port} = ...)"
-            )
-
-
-def _is_same(now: Any, before: Any) -> bool:
-    return now is before or (type(now) is Count and now == before)  # a count has no identity of its own
-
 
 Phase = Literal["open", "waiting", "done"]
 
@@ -111,7 +64,6 @@ class Recorder:
         lookup: Callable[[str], torch.Tensor],
     ) -> None:
         self.places, self.program, self.sizes, self.lookup = places, places.program, sizes, lookup
-        self._specs = places.specs(sizes)
         self.body = Body(self, weights, demand, sizes, self._edited, places.rules)
         self.phase: Phase = "open"
         self.line: Callable[[], str] = user_line  # of the statement that is written down
@@ -126,11 +78,10 @@ class Recorder:
         self.given: Callable[[], Sequence[Any]] = tuple  # the leaves of the inputs
         self.alive: list[weakref.ref[Value]] | None = None  # in a session: what later blocks may use
         self.saved: list[Any] = []
-        self._states: dict[tuple[str, str, int], State] = {}
-        self._dressed: list[Dressed] = []
+        self.locations = Locations(self.body.graph, places, sizes)
+        self.dresser = Dresser(self.keep)
         self._unset: dict[Cell, str] = {}
         self._stop: Stop | None = None
-        self._versions = itertools.count(1)
         self._cells: weakref.WeakSet[Cell] = weakref.WeakSet()  # of the values that are there
         self._branch: list[Cell] | None = None  # what a branch not taken has made
         self.why_no_save = ""  # why nothing can be saved here
@@ -195,50 +146,36 @@ class Recorder:
 
     def _whole(self, location: Location) -> Value:
         state = self._state(location)
-        what, spec = location.address, self._spec(location)
+        what, spec = location.address, self.locations.spec(location)
         return self.value(Cell(self, spec, state.node, what, self.line(), handles=[(state, state.version)]))
 
     def node_at(self, location: Location, line: str) -> fx.Node:
         """The present value at a location, of all rows: its node.  line: the user's that asks for it."""
-        return self._state(location, line).node
+        return self._state(location, lambda: line).node
 
     def row_dim(self, location: Location) -> int | None:
         """The dimension of a location that counts the rows of the batch, inside an invoke; None where all share it.
 
         Raises: TraceError where the batch is folded into another dimension.
         """
-        if self.rows is None:
-            return None
-        spec = self.program.nodes[location.node].meta["spec"]
-        try:
-            return self.rows.dim_of(spec)
-        except TraceError as error:
-            raise TraceError(f"{location.address} inside an invoke: {error}") from None
+        return self.locations.row_dim(location, self.rows)
 
     def spec(self, location: Location) -> TensorSpec:
         """Dtype, shape (numbers) and strides of a location for the present inputs (and rows)."""
-        spec, dim = self._spec(location), self.row_dim(location)
+        spec, dim = self.locations.spec(location), self.row_dim(location)
         if dim is None or self.rows is None:
             return spec
         return replace(spec, shape=(*spec.shape[:dim], self.rows.count, *spec.shape[dim + 1 :]))
 
-    def _spec(self, location: Location) -> TensorSpec:
-        found = self._specs.get(location.node)
-        if found is None:
-            spec = self.program.nodes[location.node].meta["spec"]
-            assert isinstance(spec, TensorSpec)
-            found = self._specs[location.node] = spec.at(self.sizes)
-        return found
-
     def move(self, places: Places, sizes: Mapping[str, int] | None = None) -> None:
         """Go on over another program of the same model: one in which something has been opened."""
         self.sizes = self.body.sizes = self.sizes if sizes is None else sizes
-        self.places, self.program, self._specs = places, places.program, places.specs(self.sizes)
+        self.places, self.program = places, places.program
+        self.locations.move(places, self.sizes)
 
     def resize(self) -> None:
         """After a move to other sizes, and to other places: shapes as they are now."""
-        reads = {state.read: self._spec(state.location) for state in self._states.values()}
-        resize(self.body.graph, reads, self.places.rules, self.body.fake, self.body.mode)
+        resize(self.body.graph, self.locations.read_specs(), self.places.rules, self.body.fake, self.body.mode)
         for cell in self._cells:
             spec = cell.node.meta["spec"]
             if isinstance(spec, TensorSpec) and spec.shape != cell.spec.shape:
@@ -248,18 +185,8 @@ class Recorder:
         """The shapes that the body has looked at: the user's line, and the sizes, None for those not looked at."""
         return [(origin_of(node).user, looked_sizes(node, dims)) for node, dims in self.body.shapes.items()]
 
-    def relocate(self, find: Callable[[Location], Location]) -> None:
-        """After a move to a program with other calls: the same locations there."""
-        for state in self._states.values():
-            state.location = find(state.location)
-        self._states = {state.location.key: state for state in self._states.values()}
-
-    def _state(self, location: Location, line: str = "") -> State:
-        state = self._states.get(location.key)
-        if state is None:
-            node = self.body.graph.placeholder(f"read_{len(self._states)}")
-            node.meta.update(spec=self._spec(location), origin=Origin(user=line or self.line(), made_by="body"))
-            state = self._states[location.key] = State(location, node, node.name)
+    def _state(self, location: Location, line: Callable[[], str] | None = None) -> State:
+        state = self.locations.state(location, line or self.line)
         if not self.in_dead_branch and self.rows not in state.used:
             state.used.append(self.rows)
         return state
@@ -267,26 +194,11 @@ class Recorder:
     @property
     def used(self) -> list[Location]:
         """What has been read or written so far for rows of those that are read and written now."""
-        return [s.location for s in self._states.values() if any(overlap(rows, self.rows) for rows in s.used)]
+        return self.locations.used(self.rows)
 
     def layout(self, value: torch.Tensor) -> bool:
         """Whether a tensor or value lies row by row in memory."""
         return value.cell.fake.is_contiguous() if isinstance(value, Value) else value.is_contiguous()
-
-    def dress(self, structure: Any, address: Address) -> Any:
-        """A dict, list, model output or dataclass of the model in a body: with ``.save()``, and watched for assignments
-        to its members."""
-        object.__setattr__(structure, "save", partial(self._keep_structure, structure))
-        self._dressed.append((structure, list(flatten(structure)[0]), address))
-        return structure
-
-    def _keep_structure(self, structure: Any) -> Any:
-        self.keep(structure)
-        return structure
-
-    def adopt(self, made: Any, structure: Any, leaves: list[Any]) -> None:
-        """Watch a structure of the body's instead of one that was made now; ``leaves``: as it was."""
-        self._dressed = [(structure, leaves, a) if s is made else (s, old, a) for s, old, a in self._dressed]
 
     # -- writes ------------------------------------------------------------------------------------------------------
 
@@ -307,9 +219,7 @@ class Recorder:
             return
         written = value if self.rows is None else self._scattered(location, value, self.rows)
         node, state = self.body.node_of(written), self._state(location)
-        state.node = state.assigned = node
-        state.version = next(self._versions)
-        state.line = self.line()
+        self.locations.assign(state, node, self.line())
         if isinstance(written, Value) and written.cell.base is None and written.cell.recorder is self:
             self.body.remember(written.cell.root)
             written.cell.root.handles.append((state, state.version))
@@ -327,16 +237,6 @@ class Recorder:
             f"{location.address} has no row for each prompt: all invokes share it; write it outside the invokes"
         )
 
-    def writes(self) -> tuple[Write, ...]:
-        """All writes so far, one or two for each written location."""
-        found: list[Write] = []
-        for state in self._states.values():
-            if state.in_place is not None:
-                found.append(Write(state.location, state.in_place.name, True, state.in_place_line))
-            if state.assigned is not None:
-                found.append(Write(state.location, state.assigned.name, False, state.line))
-        return tuple(found)
-
     def _edited(self, root: Cell) -> None:
         """An in-place change of a handle edits its location; of a stale one, it warns."""
         for number, (state, version) in enumerate(root.handles):
@@ -353,17 +253,9 @@ class Recorder:
                 continue
             if self.rows is not None and self.row_dim(state.location) is None:
                 raise self._shared(state.location)
-            self._changed(state, root.node)
+            self.locations.change(state, root.node, self.line())
             root.handles[number] = (state, state.version)
             self.on_edit(state.location, root.node)
-
-    def _changed(self, state: State, node: fx.Node) -> None:
-        """What a location has is another value from here on, in the same memory."""
-        state.node, state.version = node, next(self._versions)
-        if state.assigned is not None:
-            state.assigned, state.line = node, self.line()
-        else:
-            state.in_place, state.in_place_line = node, self.line()
 
     def change(self, location: Location, value: Value) -> None:
         """The location gets the value in place, for all who share its memory; of the shape and dtype it has.
@@ -371,14 +263,14 @@ class Recorder:
         Raises: CausalityError.
         """
         state, node = self._state(location), self.body.node_of(value)
-        self._changed(state, node)
+        self.locations.change(state, node, self.line())
         self.on_edit(location, node)
 
     # -- a branch not taken ------------------------------------------------------------------------------------------
 
     def enter_branch(self) -> Callable[[], None]:
         """What follows is written down and forgotten: nothing of it is done.  Returns: ends the branch."""
-        states = {key: replace(state) for key, state in self._states.items()}
+        restore = self.locations.snapshot()
         saved, updates, mutated = len(self.saved), dict(self.body.updates), len(self.body.mutated)
         before = set(self.body.graph.nodes)
         self._branch, self.body.journal = [], []
@@ -388,9 +280,7 @@ class Recorder:
             forget()
             for cell, kept in reversed(self.body.journal or []):
                 vars(cell).update(kept)
-            for key, state in self._states.items():
-                old = states.get(key, State(state.location, self.body.named(state.read), state.read))
-                vars(state).update(vars(old))
+            restore(self.body.named)
             del self.saved[saved:], self.body.mutated[mutated:]
             self.body.updates = updates
             self.body.seen |= set(self.body.graph.nodes) - before
@@ -426,7 +316,7 @@ class Recorder:
             return
         self.on_stop()
         times = [state.location.since for state, _ in cell.root.handles if isinstance(state, State)]
-        time = max([*times, *self.needed_times(self.body.current(cell))], default=0.0)
+        time = max([*times, *self.locations.needed_times(self.body.current(cell))], default=0.0)
         self.body.seen.add(cell.node)
         if self._stop is None or time < self._stop.time:
             self._stop = Stop(time, str(cell.what), self.line())
@@ -441,69 +331,19 @@ class Recorder:
 
         Raises: InputError when a tensor of the user's was changed after the body had used it.
         """
-        undress(self._dressed)
+        self.dresser.finish()
         self.body.gradients.finish()
         self.saved = [thaw(value) for value in self.saved]
 
-    def asked(self, wanted: Iterable[Value], kept: Sequence[Save] = ()) -> Intervention:
-        """The whole intervention: what was saved, some values besides, and what caches keep."""
-        extra = [self.save_of([self.body.node_of(value)]) for value in wanted]
-        return self.intervention((*(self._save(value) for value in self.saved), *extra, *kept))
-
-    def demanded(self, nodes: Sequence[fx.Node]) -> Intervention:
-        """What is asked for so far, for the values of some nodes: no tensor gets a ``.grad`` yet."""
-        asked = self.intervention((self.save_of(nodes),))
-        return replace(asked, backwards=tuple(replace(one, leaves=()) for one in asked.backwards))
-
-    def results(self, wanted: Iterable[Value]) -> list[Value]:
-        """The values that the results of ``asked`` belong to, in order."""
-        leaves = [leaf for value in self.saved for leaf in flatten(value)[0]]
-        return [*(x for x in leaves if self._is_result(x)), *wanted]
-
-    def _is_result(self, leaf: Any) -> bool:
+    def is_result(self, leaf: Any) -> bool:
+        """Whether it is a value of this body that the run computes."""
         if not isinstance(leaf, Value) or leaf.cell.recorder is not self:
             return False
         stop = self._stop
-        if stop is None or max(self.needed_times(self.body.node_of(leaf)), default=0.0) <= stop.time:
+        if stop is None or max(self.locations.needed_times(self.body.node_of(leaf)), default=0.0) <= stop.time:
             return True
         self._unset[leaf.cell] = f"is computed later than {stop.what}, {stop.where}"
         return False
-
-    def _save(self, value: Any) -> Save:
-        leaves, tree = flatten(value)
-        return Save(tree, tuple(self.body.node_of(x).name if self._is_result(x) else fixed(x) for x in leaves))
-
-    def intervention(self, saves: tuple[Save, ...]) -> Intervention:
-        """What has been asked for so far."""
-        body = self.body
-        reads = tuple(Read(state.read, state.location) for state in self._states.values())
-        looked = tuple((s, self.sizes[s]) for s in sorted(body.looked | body.fitted) if s in self.sizes)
-        weights = tuple(body.weight_names.items())
-        updates = tuple((number, node.name) for number, node in body.updates.items())
-        constants = body.constant_specs()
-        asked = Intervention(body.graph, reads, constants, weights, self.writes(), saves, updates, looked)
-        if body.gradients.is_empty:
-            return asked
-        given = self._given()
-        learned = tuple(name for name, tensor in given.items() if tensor.requires_grad)
-        first = {id(tensor): name for name, tensor in reversed(given.items())}
-        shared = tuple((name, first[id(tensor)]) for name, tensor in given.items() if first[id(tensor)] != name)
-        passes, marked = body.gradients.passes(), body.gradients.marked
-        return replace(asked, backwards=passes, learned=learned, shared=shared, marked=marked)
-
-    @property
-    def teaches(self) -> bool:
-        """Whether its run gives tensors a ``.grad``."""
-        given = self._given().values() if not self.body.gradients.is_empty else ()
-        return any(one.leaves != () for one in self.body.gradients.passes()) and any(x.requires_grad for x in given)
-
-    def _given(self) -> dict[str, torch.Tensor]:
-        """The tensors that a program of this body is given, by what they are bound to."""
-        weights = [str(b.key) for b in self.program.bindings.values() if b.kind == "weight"]
-        given: list[tuple[Binding, Any]] = [(Binding("input", i), x) for i, x in enumerate(self.given())]
-        given += [(Binding("weight", w), self.lookup(w)) for w in (*weights, *self.body.weight_names.values())]
-        given += [(Binding("constant", i), x) for i, x in enumerate(self.body.constants)]
-        return {str(b): x for b, x in given if isinstance(x, torch.Tensor) and type(x) is not Value}
 
     @property
     def constants(self) -> list[torch.Tensor]:
@@ -516,35 +356,3 @@ class Recorder:
     def weight(self, name: str) -> Any:
         """A parameter or buffer of the model by name."""
         return self.lookup(name)
-
-    def needed_times(self, node: fx.Node) -> list[float]:
-        """When the locations are there that a node needs."""
-        times = {state.read: state.location.since for state in self._states.values()}
-        seen: set[fx.Node] = set()
-        stack = [node]
-        while stack:
-            at = stack.pop()
-            if at not in seen:
-                seen.add(at)
-                stack += at.all_input_nodes
-        return [times[n.name] for n in seen if n.name in times]
-
-    def trial(self, write: Write) -> Intervention:
-        """What has been asked for so far, and one more write."""
-        asked = self.intervention(())
-        others = tuple(w for w in asked.writes if w.location.key != write.location.key or w.in_place)
-        if all(r.location.key != write.location.key for r in asked.reads):
-            self._state(write.location)
-            asked = self.intervention(())
-        return replace(asked, writes=(*others, write))
-
-    def save_of(self, nodes: Sequence[fx.Node]) -> Save:
-        """A save of some nodes, as a tuple."""
-        return Save(Tree("tuple", "", tuple(range(len(nodes))), (LEAF,) * len(nodes)), tuple(n.name for n in nodes))
-
-
-def fixed(value: Any) -> Fixed:
-    """A leaf of a save that is not computed."""
-    return Fixed(
-        value if value is None or isinstance(value, (bool, int, float, str)) else f"<{type(value).__qualname__}>"
-    )

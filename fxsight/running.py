@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
+from fxsight.asked import asked_in_all, demanded, results_of
 from fxsight.become import become
 from fxsight.captures import Captures
 from fxsight.context import here
@@ -150,11 +151,11 @@ class Running:
         """What is to be computed: what was saved, and some values besides.  It warns of what is lost; nothing runs."""
         recorder = self._written
         recorder.constants  # noqa: B018 - values of earlier blocks are computed for it
-        self._asked = asked = recorder.asked(wanted, self._kept)
+        self._asked = asked = asked_in_all(recorder, wanted, self._kept)
         self._check_draws(asked)
         said = [warn_of_lost_edits(recorder.body, asked), warn_of_unused_results(recorder.body, asked)]
         recorder.has_warned |= any(said)
-        self._results, self._updates = recorder.results(wanted), [number for number, _ in asked.updates]
+        self._results, self._updates = results_of(recorder, wanted), [number for number, _ in asked.updates]
         self._numbers = [v.number if v.walk is self._walk else -1 for v in self._results]
         return asked
 
@@ -226,7 +227,7 @@ class Running:
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
         """The numbers of some nodes, now."""
         recorder, constants = self._written, self._written.constants
-        asked, known = recorder.demanded(nodes), self._use_known()
+        asked, known = demanded(recorder, nodes), self._use_known()
         self._check_draws(asked)
         executable = self.captures.demanded(self._captured, asked, constants, self._sizes, known)
         program = executable.program

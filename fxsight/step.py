@@ -416,7 +416,7 @@ class Step(Tracer):
         before, self._captured, self._base, self._sizes = self._captured, program, program, sizes
         recorder.move(self._places, sizes)
         if program is not before:
-            recorder.relocate(self._relocated)
+            recorder.locations.relocate(self._relocated)
 
     def _find_now(self, call: Call) -> tuple[Any, Mapping[str, int]]:
         if self._step.returned is not None:

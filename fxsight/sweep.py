@@ -18,6 +18,7 @@ import torch
 
 from fxsight import _torch
 from fxsight.alike import planned
+from fxsight.asked import asked_in_all, results_of
 from fxsight.become import become
 from fxsight.captures import Captures
 from fxsight.collector import waiting
@@ -95,7 +96,7 @@ class SweepCell(Tracer):
         recorder = self.recorder
         recorder.finish()
         recorder.phase, recorder.force = "waiting", self._refuse
-        kept = recorder.results([])
+        kept = results_of(recorder, [])
         if [id(x) for x in kept[len(kept) - len(self._values) :]] != [id(x) for x in self._values]:
             raise TraceError("the body returns a value that is computed later than where it stops the forward")
         if recorder.body.updates:
@@ -103,7 +104,7 @@ class SweepCell(Tracer):
                 "the body changes a tensor of yours in place; return the value instead, cells have no order"
             )
         self._results = kept
-        self.asked: Intervention = recorder.asked([])
+        self.asked: Intervention = asked_in_all(recorder, [])
         warn_of_lost_edits(recorder.body, self.asked)
 
     def _refuse(self) -> None:

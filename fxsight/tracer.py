@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
+from fxsight.asked import asked_in_all, results_of, teaches
 from fxsight.at import At
 from fxsight.become import become
 from fxsight.body import sizes_text
@@ -107,15 +108,15 @@ class Tracer(Running):
 
         Raises: TraceError for such a block in one that is written once, around which an optimizer's step would not be.
         """
-        teaches = recorder.teaches
-        if teaches and session.is_written_down:
+        gives = teaches(recorder)
+        if gives and session.is_written_down:
             raise TraceError(
                 "backward() gives a .grad to tensors of yours, and this block is written once for all elements: what "
                 "follows it, such as optimizer.step(), would be done once; write `for item in session.iter(...):`"
             )
         recorder.phase = "waiting"
         session.add(self)
-        if teaches:
+        if gives:
             session.force()
 
     def _learning(self, walk: Walk) -> Any:
@@ -391,7 +392,7 @@ class Tracer(Running):
         self._captured = self._base = captured
         recorder.move(self._places, self._sizes)
         if captured is not before:
-            recorder.relocate(self._relocated)
+            recorder.locations.relocate(self._relocated)
         recorder.resize()
         for (line, then), (_, now) in zip(looked, recorder.looked_at(), strict=True):
             if then != now:
@@ -533,10 +534,10 @@ class Scan(Tracer):
     def run(self, wanted: Sequence[Value]) -> None:
         """Nothing is computed: shapes and dtypes alone."""
         recorder = self.recorder
-        warn_of_lost_edits(recorder.body, recorder.asked(wanted, self._kept))
+        warn_of_lost_edits(recorder.body, asked_in_all(recorder, wanted, self._kept))
         for keeper in self._keepers:
             keeper.fill(recorder.empty(node) for node in keeper.nodes)
-        for value in dict.fromkeys(recorder.results(wanted)):
+        for value in dict.fromkeys(results_of(recorder, wanted)):
             become(value, recorder.empty(recorder.body.node_of(value)))
         recorder.phase = "done"
 

@@ -21,9 +21,9 @@ import torch
 
 from fxsight import _torch
 from fxsight.body import check_unchanged
+from fxsight.dressed import Dressed, Dresser, undress
 from fxsight.edit import Edit
 from fxsight.lines import user_line
-from fxsight.record import Dressed, undress
 from fxsight.run import Executable
 from fxsight.spec import TensorSpec
 from fxsight.tree import flatten
@@ -71,6 +71,8 @@ class Writing(Protocol):
 
     line: Callable[[], str]
     """The user's line of the statement that is written down."""
+    dresser: Dresser
+    """What watches the structures of the model in the body."""
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One torch call on values."""
@@ -78,10 +80,6 @@ class Writing(Protocol):
 
     def keep(self, value: Any) -> None:
         """Mark a structured value as saved."""
-        ...
-
-    def adopt(self, made: Any, structure: Any, leaves: list[Any]) -> None:
-        """Watch a structure of the body's instead of one that was made now."""
         ...
 
 
@@ -307,7 +305,7 @@ class Walk:
         """Values made on the known way get the cells of those written down now."""
         dressed = next((leaves for structure, leaves, _ in self._dressed if structure is mine), None)
         if dressed is not None:
-            cast(Writing, self._recorder).adopt(theirs, mine, dressed)
+            cast(Writing, self._recorder).dresser.adopt(theirs, mine, dressed)
         if isinstance(mine, Members):
             mine.writer = theirs.writer
         if mine is not theirs:

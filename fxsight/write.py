@@ -53,7 +53,7 @@ def _build(
     write: Writer,
 ) -> Any:
     if tree.kind in ("fields", "dict", "list") and any(found):
-        return recorder.dress(savable(tree.build(leaves)), address)
+        return recorder.dresser.dress(savable(tree.build(leaves)), address)
     if tree.kind != "tuple" or not any(found):
         return tree.build(leaves)
     parts: list[Any] = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fxsight
+from fxsight.asked import asked_in_all
 from fxsight.lift import lifted, outline, varying
 from tests import small
 
@@ -498,7 +499,7 @@ def test_numbers_that_vary_become_constants_and_others_stay() -> None:
         with model.trace(x) as tracer:
             model.transformer.h[0].output[:, position, 3:5] = 0.5 * position
             model.lm_head.output.save()
-        bodies.append(tracer.recorder.asked([]))
+        bodies.append(asked_in_all(tracer.recorder, []))
     outlines = [outline(body) for body in bodies]
     assert outlines[0].text == outlines[1].text
     which = varying(outlines)
