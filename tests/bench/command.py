@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from tests.bench import (
+    eap,
     edited,
     grid_memory,
     growth,
@@ -47,6 +48,7 @@ WORKLOADS: Sequence[Workload] = (
     growth.WORKLOAD,
     grid_memory.WORKLOAD,
     w8.WORKLOAD,
+    eap.WORKLOAD,
     w14.WORKLOAD,
     w15.WORKLOAD,
     w20.WORKLOAD,

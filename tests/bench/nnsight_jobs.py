@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bench import grid, models, nnsight_grids
+from tests.bench import grid, models, nnsight_edges, nnsight_grids
 from tests.bench.timing import Job
 
 # Only the worker's environment has it; where doctest imports this file, nothing here is called.
@@ -230,5 +230,6 @@ JOBS: Mapping[str, Callable[[bool], Job]] = {
     **{f"w8 {name} attribution": partial(attribution, name) for name in models.LANGUAGE},
     **{f"w20 {name}": partial(harvest, name) for name in models.LANGUAGE},
     **{f"w1 {name}": partial(residual_grid, name) for name in ("toy", "small", "gpt2")},
+    **nnsight_edges.JOBS,
     **nnsight_grids.JOBS,
 }
