@@ -31,10 +31,11 @@ from fxsight.plan import Plan
 from fxsight.rename import Aliases, Rename
 from fxsight.rows import Call
 from fxsight.running import BACKENDS
+from fxsight.scan import Scan
 from fxsight.sessions import Session
 from fxsight.store import Store
 from fxsight.sweep import plan_sweep, split_arguments
-from fxsight.tracer import Scan, Tracer
+from fxsight.tracer import Tracer
 from fxsight.tree import flatten
 from fxsight.view import View, words
 

@@ -7,44 +7,36 @@ the session's end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from torch import fx
 
 from fxsight.address import Address
-from fxsight.asked import asked_in_all, results_of, teaches
+from fxsight.asked import teaches
 from fxsight.at import At
 from fxsight.become import become
 from fxsight.body import sizes_text
 from fxsight.branch import Branch, Stopped
 from fxsight.cache import Cache
-from fxsight.causality import check_causal, check_edit
 from fxsight.context import enter_trace, here, leave_trace
-from fxsight.edit import Edit, replay
-from fxsight.errors import NeedsValueError, NotExecuted, TraceError, UnknownAddress
-from fxsight.first_row import warn_of_row
+from fxsight.edit import Edit
+from fxsight.errors import TraceError
 from fxsight.invoke import Invoker
 from fxsight.keep import Asked, Keeper, paths_of
 from fxsight.lines import user_line
-from fxsight.lost import warn_of_lost_edits
-from fxsight.place import Location, Place
 from fxsight.program import Program
 from fxsight.record import Recorder
-from fxsight.rows import overlap
-from fxsight.running import Running, check_inputs
-from fxsight.sizes import check_guards
-from fxsight.value import Value, check_usable, values_in
+from fxsight.running import check_inputs
+from fxsight.statements import Statements, is_inside
+from fxsight.value import Value, values_in
 from fxsight.walk import Finish, Step, Walk
-from fxsight.write import check_write, present
 
 
-class Tracer(Running):
+class Tracer(Statements):
     """The trace of one body over one call of a model.
 
     call: positional and keyword arguments, as given; None where each ``invoke`` brings its own.
@@ -172,81 +164,6 @@ class Tracer(Running):
             self._walk.edit(edit)
         else:
             self.do_edit(edit)
-
-    # -- what the walk asks ------------------------------------------------------------------------------------------
-
-    def begin_recorder(self) -> Recorder:
-        """The recorder, made when something must be written down."""
-        captures = self.captures
-        recorder = self._recorder = Recorder(
-            self._places, self._sizes, captures.weight_names, self._demand, captures.weight
-        )
-        recorder.on_edit = partial(check_edit, recorder)
-        recorder.body.gradients.enabled, recorder.given = self._differentiates, lambda: self.inputs
-        recorder.on_row = partial(warn_of_row, self._captured, captures.module, captures.told)
-        session = here().session
-        if session is not None:
-            recorder.alive, recorder.force = [], session.force
-        return recorder
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether the body has looked at numbers, or has warned: then it is recorded each time."""
-        return bool(self._known) or (self._recorder is not None and self._recorder.has_warned)
-
-    @property
-    def is_eager(self) -> bool:
-        """Whether it runs op by op."""
-        return self._tier() == "eager"
-
-    def do_read(self, address: Address, port: str) -> Any:
-        """A read, written down."""
-        return present(self._written, self.place(address), port, self._write_member)
-
-    def do_write(self, address: Address, port: str, value: Any) -> None:
-        """A write, written down."""
-        place, recorder = self.place(address), self._written
-        for leaf in values_in(value):
-            check_usable(leaf.cell)
-            if leaf.cell.recorder.is_open and leaf.cell.recorder is not recorder:
-                self._check_foreign(leaf, place.address.at(port))
-        for location, leaf in check_write(recorder, place, port, value):
-            self._write_leaf(location, leaf)
-
-    def _check_foreign(self, value: Value, address: Address) -> None:
-        """Raises: TraceError for a value of another open block that is written here."""
-        raise TraceError(
-            f"{address} is written {value.cell.what}, a value of another trace; "
-            "save it there and write it after that block"
-        )
-
-    def do_edit(self, edit: Edit) -> None:
-        """All statements of an edit, written down."""
-        replay(edit, self._written, self.find, self.edits)
-        self._skipped += [(address, None, line) for address, line in edit.skipped]
-
-    def find(self, address: Address) -> tuple[Place, Sequence[Location | None]]:
-        """The place of an address, and its locations: one for each leaf of its port."""
-        place = self.place(address.place)
-        return place, self._places.locations(place, address.port)[1]
-
-    def _write_leaf(self, location: Location, leaf: Any) -> None:
-        check_causal(self._written, location, leaf)
-        self._written.assign(location, leaf)
-
-    def _write_member(self, location: Location, leaf: Any) -> None:
-        self.recorder  # noqa: B018 - such writes are not remembered
-        self._write_leaf(location, leaf)
-
-    @property
-    def recorder(self) -> Recorder:
-        """What the body is written down in; from here on it is not remembered.
-
-        Raises: TraceError before the first invoke of a trace without input.
-        """
-        if self._walk is not None:
-            self._walk.leave()
-        return self._written
 
     @property
     def needed(self) -> list[Value]:
@@ -402,49 +319,11 @@ class Tracer(Running):
                     "alone: h.size(-1)"
                 )
 
-    def _relocated(self, location: Location) -> Location:
-        port = location.address.port
-        try:
-            place = self.place(location.address.place)
-            found = self._places.locations(place, "output" if port == "output" else "inputs")[1]
-            return next(x for x in found if x is not None and (x.side, x.leaf) == (location.side, location.leaf))
-        except (UnknownAddress, NotExecuted, StopIteration):
-            raise TraceError(
-                f"with the rows of another invoke the forward takes another way, on which {location.address} has no "
-                "value; use a trace for each"
-            ) from None
-
     # -- what views ask ----------------------------------------------------------------------------------------------
 
     def meant(self, address: Address) -> Tracer:
         """Where reads and writes of a place go: the trace itself, or a step of a generation."""
         return self
-
-    def place(self, address: Address) -> Place:
-        """The place of an address in this trace's program; what is fused above it is opened first.
-
-        Raises: UnknownAddress, NotExecuted.
-        """
-        if self._walk is None:
-            raise TraceError("this trace has no input yet: its values are there inside `with tracer.invoke(x):`")
-        self._check_skipped(address)
-        try:
-            return self._places.find(address)
-        except UnknownAddress:
-            self._open(address)
-            return self._places.find(address)
-
-    def _open(self, address: Address) -> None:
-        """Go on with the program in which what is fused above the address is opened.
-
-        Raises: UnknownAddress when opening does not help; InputError at sizes for which the operator is made of
-        other parts.
-        """
-        opened = self.captures.opened(self._captured, address)
-        check_guards(opened, self._sizes)
-        self._captured = opened
-        if self._recorder is not None:
-            self._recorder.move(self._places)
 
     def at(self, address: str | Address) -> At:
         """The place of an address, with ``output``, ``input`` and ``inputs`` to read and write.
@@ -485,7 +364,7 @@ class Tracer(Running):
 
         Raises: WriteError where the structure differs; TraceError when something inside has been used already.
         """
-        used = next((x for x in self.recorder.used if _inside(x.address, address)), None)
+        used = next((x for x in self.recorder.used if is_inside(x.address, address)), None)
         if used is not None:
             raise TraceError(
                 f"{address} cannot be skipped: {used.address} inside it is used in this trace, and would not run"
@@ -494,54 +373,6 @@ class Tracer(Running):
         if not self.recorder.in_dead_branch:
             self._skipped.append((address, self.recorder.rows, user_line()))
 
-    def _check_skipped(self, address: Address) -> None:
-        why = self._why_skipped(address)
-        if why:
-            raise NotExecuted(f"{address.place} {why}")
-
-    def _why_skipped(self, address: Address) -> str:
-        """Why a call does not run for the present rows; empty when it does."""
-        for skipped, rows, line in self._skipped:
-            if _inside(address, skipped) and overlap(rows, self._written.rows):
-                return f"does not run: {skipped} around it is skipped ({line})"
-        return ""
-
     def save(self, value: Any) -> None:
         """Keep every value of a structure."""
         self.recorder.keep(value)
-
-
-def _inside(address: Address, outer: Address) -> bool:
-    """Whether a place is inside the call of another."""
-    if outer.steps:
-        return (address.module, address.call) == (outer.module, outer.call) and (
-            len(address.steps) > len(outer.steps) and address.steps[: len(outer.steps)] == outer.steps
-        )
-    below = address.module.startswith(f"{outer.module}." if outer.module else "") and address.module != outer.module
-    return below or (address.module == outer.module and bool(address.steps))
-
-
-class Scan(Tracer):
-    """A block in which shapes are looked at, and nothing is run: ``with model.scan(...)``.
-
-    Saved values become tensors without data (device "meta"). What needs a number is an error.
-    """
-
-    def _end(self, walk: Walk) -> None:
-        self._finish(self.recorder)
-        self.run([])
-
-    def run(self, wanted: Sequence[Value]) -> None:
-        """Nothing is computed: shapes and dtypes alone."""
-        recorder = self.recorder
-        warn_of_lost_edits(recorder.body, asked_in_all(recorder, wanted, self._kept))
-        for keeper in self._keepers:
-            keeper.fill(recorder.empty(node) for node in keeper.nodes)
-        for value in dict.fromkeys(results_of(recorder, wanted)):
-            become(value, recorder.empty(recorder.body.node_of(value)))
-        recorder.phase = "done"
-
-    def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
-        raise NeedsValueError(
-            f"{user_line()}: a number is needed, and a scan runs nothing; use torch.where, or model.trace(...)"
-        )
