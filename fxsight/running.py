@@ -165,7 +165,11 @@ class Running:
         shared = self.captures.executable(self._captured, self._asked, [], self._tier(), self._sizes, self._use_known())
         self._executable = shared.bound(known, bool(self._known))
         self._recorder_done()
+        self._made(self._executable)
         self._fill(self._executable.run(self.inputs, known, self._batch.joined))
+
+    def _made(self, executable: Executable) -> None:
+        """A program is there, and about to run for the first time."""
 
     def take(self, results: Sequence[torch.Tensor]) -> None:
         """What ``ask`` has found, computed elsewhere: tensors of their own."""

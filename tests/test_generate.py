@@ -16,6 +16,8 @@ from transformers import LogitsProcessorList, StoppingCriteria
 import fxsight
 from fxsight import LanguageModel
 from fxsight.errors import CausalityError, FirstCallWarning, NotSavedError, TraceError
+from fxsight.run import Executable
+from fxsight.step import SMALL
 from tests.generating import GREEDY, IDS, gpt2, hf, hooked, keep
 
 
@@ -327,3 +329,23 @@ def test_nothing_is_said_twice(model: Any) -> None:
         for _ in tracer.all():
             model.transformer.h[0].output[:] = 0
     assert not said
+
+
+def test_small_decode_steps_are_compiled_in_one_piece(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: list[str] = []
+    compile_whole = Executable.compile_whole
+
+    def noted(executable: Executable) -> None:
+        whole.append(executable.program.text if len(executable.program.nodes) > 8 else "the ids")
+        compile_whole(executable)
+
+    monkeypatch.setattr(Executable, "compile_whole", noted)
+    for smallest, count in ((SMALL, 1), (8, 0)):
+        monkeypatch.setattr("fxsight.step.SMALL", smallest)
+        whole.clear()
+        with model.generate(IDS, backend="inductor", **GREEDY) as tracer:
+            for _ in tracer.all():
+                model.transformer.h[0].output[:, -1] += 1 + smallest
+            ids = tracer.result.save()
+        assert ids.shape == (2, 8)
+        assert len({text for text in whole if text != "the ids"}) == count
