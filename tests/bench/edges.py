@@ -55,7 +55,7 @@ def scores(net: Any, clean: Mapping[str, Any], corrupted: Sequence[Any], gradien
     """
     change = _written(net, [b - a for a, b in zip(clean["source"], corrupted, strict=True)])
     gradient = _read(net, clean["stream"], gradients)
-    return torch.einsum("sbpd,tbpd->st", change, gradient)
+    return torch.einsum("sn,tn->st", change.flatten(1), gradient.flatten(1))
 
 
 def _written(net: Any, changes: Sequence[Any]) -> Any:
