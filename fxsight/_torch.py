@@ -413,8 +413,16 @@ def graph_argument(node: torch.fx.Node) -> tuple[Any, str]:
     if argument is None:
         return None, ""
     name = argument.source.name
-    text = name() if callable(name) else str(name)
+    text = str(name() if callable(name) else name)
     return argument.example, re.sub(r"\._(?:modules|parameters|buffers)\[(['\"])([^'\"\]]+)\1\]", r".\2", text)
+
+
+def has_example(size: Any) -> bool:
+    """Whether torch knows a number that a symbolic size may have.
+
+    Reason: no public name tells it (``SymNode.has_hint``, 2.0+).
+    """
+    return bool(size.node.has_hint())
 
 
 def ends_in_break(gm: torch.fx.GraphModule) -> bool:

@@ -282,7 +282,7 @@ class _Reader:
             sizes = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
             for size in sizes:
                 expr = _torch.size_expr(size) if isinstance(size, torch.SymInt) else None
-                if expr is not None and expr.is_Symbol and size.node.has_hint():
+                if expr is not None and expr.is_Symbol and _torch.has_example(size):
                     found.setdefault(str(expr), size)
         return found
 
