@@ -28,6 +28,7 @@ from fxsight.collector import waiting
 from fxsight.context import open_trace
 from fxsight.errors import InputError
 from fxsight.intervention import Intervention
+from fxsight.known import Step
 from fxsight.lower import Tier
 from fxsight.narrowed import Narrowed
 from fxsight.passes.joint_gradient import JointGradient
@@ -47,7 +48,6 @@ from fxsight.source import SourceReader
 from fxsight.state import settings
 from fxsight.store import Store
 from fxsight.tree import Tree, flatten
-from fxsight.walk import Step
 from fxsight.watch import Watch, kinds
 
 KEPT = 256  # finished programs kept per model

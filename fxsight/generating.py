@@ -16,6 +16,7 @@ from fxsight.cursor import Cursor
 from fxsight.edit import Edit
 from fxsight.encoder import BEFORE, step_title
 from fxsight.errors import TraceError
+from fxsight.known import Step as Way
 from fxsight.lines import user_line
 from fxsight.past import pasts_in
 from fxsight.performance import Performance
@@ -28,7 +29,6 @@ from fxsight.running import Backend
 from fxsight.step import Step
 from fxsight.twin import encoder_path
 from fxsight.value import Value
-from fxsight.walk import Step as Way
 
 
 class Generating:

@@ -11,10 +11,10 @@ import torch
 from fxsight.captures import Captures
 from fxsight.encoder import Encoder
 from fxsight.ids import result_of
+from fxsight.known import Step as Way
 from fxsight.rehearsal import Known, kinds_of, rehearse
 from fxsight.rows import Call
 from fxsight.tree import flatten
-from fxsight.walk import Step as Way
 from fxsight.watch import Watch
 
 KEPT = 64

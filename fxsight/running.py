@@ -23,6 +23,7 @@ from fxsight.inputs import PLAIN, Inputs
 from fxsight.intervention import Intervention, Save
 from fxsight.invoke import Batch, Invoker
 from fxsight.keep import Keeper
+from fxsight.known import Finish
 from fxsight.lost import warn_of_lost_edits, warn_of_unused_results
 from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Places
@@ -33,7 +34,7 @@ from fxsight.run import Executable
 from fxsight.sizes import holds
 from fxsight.tree import flatten, plain_leaves
 from fxsight.value import Value, check_usable, values_in
-from fxsight.walk import Finish, Walk
+from fxsight.walk import Walk
 
 Backend = Literal["auto", "eager", "inductor"]
 BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")

@@ -21,6 +21,7 @@ from fxsight.encoder import step_title
 from fxsight.errors import CausalityError, FirstCallWarning, NeedsValueError, NotExecuted, TraceError, UnknownAddress
 from fxsight.inputs import PLAIN
 from fxsight.invoke import Batch
+from fxsight.known import Step as Way
 from fxsight.leave import Returned
 from fxsight.lines import user_line
 from fxsight.node import origin_of
@@ -36,7 +37,6 @@ from fxsight.spec import parse_dims
 from fxsight.tracer import Tracer
 from fxsight.tree import flatten
 from fxsight.value import Value, not_saved
-from fxsight.walk import Step as Way
 from fxsight.walk import Walk
 
 SMALL = 256  # nodes of a program that Inductor compiles in one piece about as quickly as in regions

@@ -6,11 +6,11 @@ from fxsight.address import Address
 from fxsight.edit import Edit
 from fxsight.editing import EditTrace
 from fxsight.inputs import PLAIN
+from fxsight.known import Step as Way
 from fxsight.place import Place
 from fxsight.record import Recorder
 from fxsight.rehearsal import Known
 from fxsight.step import Around
-from fxsight.walk import Step as Way
 from fxsight.walk import Walk
 
 _ONCE = (

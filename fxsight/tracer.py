@@ -27,13 +27,14 @@ from fxsight.edit import Edit
 from fxsight.errors import TraceError
 from fxsight.invoke import Invoker
 from fxsight.keep import Asked, Keeper, paths_of
+from fxsight.known import Finish, Step
 from fxsight.lines import user_line
 from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.running import check_inputs
 from fxsight.statements import Statements, is_inside
 from fxsight.value import Value, values_in
-from fxsight.walk import Finish, Step, Walk
+from fxsight.walk import Walk
 
 
 class Tracer(Statements):

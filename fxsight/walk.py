@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -23,47 +22,28 @@ from fxsight import _torch
 from fxsight.body import check_unchanged
 from fxsight.dressed import Dressed, Dresser, undress
 from fxsight.edit import Edit
+from fxsight.known import Finish, Number, Step, Unknown, described
 from fxsight.lines import user_line
 from fxsight.run import Executable
-from fxsight.spec import TensorSpec
 from fxsight.tree import flatten
-from fxsight.value import NUMBERS, Cell, Ended, Members, Value, keep, shaped
+from fxsight.value import NUMBERS, Cell, Members, Value, keep
 
-WAYS = 256  # kept after one statement; a body whose numbers vary more is recorded each time
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The end of a way: the program, which tensors are its constants, which value gets which result.
-
-    learning: of a program with backward passes, what required gradients when it was made.
-    """
-
-    executable: Executable
-    constants: tuple[int, ...]
-    results: tuple[tuple[int, int], ...]
-    learning: Any = None
-
-
-@dataclass(eq=False)
-class Step:
-    """One statement, and the ways on from it.
-
-    kind: "none", "plain", "same", "one", "many" or "fields"; data: what the statement gave, for that kind.
-    whats, specs, shapes: per value made, its name in messages, its spec, and what it is made from.
-    before: the statement before it.  first: the number of the first value it makes.
-    """
-
-    kind: str = "none"
-    data: Any = None
-    line: str = ""
-    whats: tuple[str, ...] = ()
-    specs: tuple[TensorSpec, ...] = ()
-    shapes: tuple[tuple[Any, ...], ...] = ()
-    before: Step | None = None
-    first: int = 0
-    ways: dict[Any, Step] = field(default_factory=dict[Any, "Step"])
-    finish: Finish | None = None
+_PLAIN = frozenset(
+    [
+        int,
+        bool,
+        type(None),
+        complex,
+        type(...),
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+        bytes,
+    ]
+)
+_ALL = ("all",)  # the key of ``[:]``
+_LEAVING = NUMBERS | {"register_hook", "nonzero", "argwhere", "masked_select", "unique"}
 
 
 class Writing(Protocol):
@@ -106,28 +86,6 @@ class Slow(Protocol):
     def do_edit(self, edit: Any) -> None:
         """All statements of an edit, written down."""
         ...
-
-
-class Unknown(Exception):
-    """A statement that cannot be remembered; never seen outside."""
-
-
-_PLAIN = frozenset(
-    [
-        int,
-        bool,
-        type(None),
-        complex,
-        type(...),
-        torch.dtype,
-        torch.device,
-        torch.layout,
-        torch.memory_format,
-        bytes,
-    ]
-)
-_ALL = ("all",)  # the key of ``[:]``
-_LEAVING = NUMBERS | {"register_hook", "nonzero", "argwhere", "masked_select", "unique"}
 
 
 class Walk:
@@ -241,7 +199,7 @@ class Walk:
             return self.values[step.data]
         if step.kind == "many":
             tree, leaves, is_members = step.data
-            made = [self._value(step, leaf) if type(leaf) is _Number else leaf for leaf in leaves]
+            made = [self._value(step, leaf) if type(leaf) is Number else leaf for leaf in leaves]
             return self._members(made) if is_members else tree.build(made)
         if step.kind == "fields":
             return self._structure(step)
@@ -250,7 +208,7 @@ class Walk:
     def _structure(self, step: Step) -> Any:
         """A model output or dataclass, as the recorder makes it."""
         tree, leaves, address = step.data
-        made = [self._value(step, leaf) if type(leaf) is _Number else leaf for leaf in leaves]
+        made = [self._value(step, leaf) if type(leaf) is Number else leaf for leaf in leaves]
         self._building = True
         try:
             structure = tree.build(made)
@@ -363,44 +321,19 @@ class Walk:
         except Unknown:
             self.live, self.step = False, None
             return
-        if len(self.step.ways) >= WAYS:
-            self.step.ways.clear()
-        step.before, step.first = self.step, len(self.values) - len(step.specs)
-        self.step.ways[key] = step
+        self.step.go_on(key, step, len(self.values) - len(step.specs))
         self.step = step
 
     def _described(self, result: Any, key: Any) -> Step:
-        """The step that a statement makes, from what it gave.
+        """The step that a statement makes, from what it gave; its values are this body's from here on.
 
         Raises: Unknown for what cannot be made again.
         """
-        line = user_line()
         if isinstance(result, Value) and result.walk is self:
-            return Step("same", result.number, line)
-        leaves, tree = flatten(result)
-        is_read = tree.kind == "fields" and key[0] == "read"
-        if type(result) not in (Value, tuple, list, Members) and tree.kind not in ("leaf", "structseq") and not is_read:
-            raise Unknown
-        numbers: list[Any] = []
-        values: list[Value] = []
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and (type(leaf) is not Value or leaf.walk is not None):
-                raise Unknown  # a tensor of the user's, or a value that has been there before
-            numbers.append(_Number(len(values)) if type(leaf) is Value else leaf)
-            values += [leaf] if type(leaf) is Value else []
-        if not values and type(result) is list:
-            raise Unknown
-        if not values:
-            return Step("plain", result, line)
-        is_members = type(result) is Members
-        if is_members and any(child.kind != "leaf" for child in tree.children):
-            raise Unknown
-        whats, specs = tuple(str(v.cell.what) for v in values), tuple(v.cell.spec for v in values)
-        kind, data = ("one", None) if tree.kind == "leaf" else ("many", (tree, tuple(numbers), is_members))
-        if is_read:
-            kind, data = "fields", (tree, tuple(numbers), key[1].at(key[2]))
+            return Step("same", result.number, user_line())
+        step, values = described(result, user_line(), key[1].at(key[2]) if key[0] == "read" else None)
+        if step.kind == "fields":
             self._with_save(result)
-        step = Step(kind, data, line, whats, specs, tuple(map(shaped, specs)))
         for value in values:
             value.walk, value.number = self, len(self.values)
             self.values.append(value)
@@ -495,13 +428,5 @@ class Walk:
             self.settle()
             assert value.known_cell is not None
             return value.known_cell
-        step = self.step
-        while step is not None and not step.first <= index < step.first + len(step.specs):
-            step = step.before
-        assert step is not None, "every value was made by a statement"
-        number = index - step.first
-        return Cell(cast(Any, Ended()), step.specs[number], cast(Any, None), step.whats[number], step.line)
-
-
-class _Number(int):
-    """The number of a value among those of a step."""
+        assert self.step is not None, "every value was made by a statement"
+        return self.step.cell_of(index)

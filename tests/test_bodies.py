@@ -476,6 +476,7 @@ def test_noise_and_factories_in_a_body_with_a_seed() -> None:
 
 def test_one_kind_of_noise_equals_torch_s() -> None:
     """Tensors of the body's own are drawn when it is written, those made of values when the program runs."""
+    assert _works(_model())  # making the models sets the seed, too
     for make in (
         torch.randn_like,
         torch.rand_like,
