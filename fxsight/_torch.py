@@ -78,11 +78,11 @@ def storage_key(tensor: torch.Tensor) -> int | None:
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often the memory of the tensor was changed in place.
+    """How often the memory of the tensor was changed in place; 0 for inference tensors, for which nobody counts.
 
     Reason: the version counter of autograd (documented in ``torch.autograd`` notes, attribute private).
     """
-    return int(tensor._version)
+    return 0 if tensor.is_inference() else int(tensor._version)
 
 
 def size_expr(value: Any) -> Any:

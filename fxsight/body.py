@@ -19,8 +19,9 @@ from torch import fx
 from fxsight import _torch
 from fxsight.backward import Gradients, about_gradients
 from fxsight.containers import savable
-from fxsight.errors import InputError, TextError, TraceError
+from fxsight.errors import TextError, TraceError
 from fxsight.item import check_none
+from fxsight.lent import check_unchanged, sealed, share_memory
 from fxsight.mutate import SELF, ViewStep, mutate
 from fxsight.node import Origin
 from fxsight.rules import Rule, Table, rule_for
@@ -330,11 +331,32 @@ class Body:
         return found
 
     def _update_cell(self, tensor: torch.Tensor) -> Cell:
-        """A plain tensor of the user's changed in place by a value: updated after the run."""
+        """A plain tensor of the user's changed in place by a value: updated after the run.
+
+        Raises: TraceError for a weight of the model.
+        """
+        self._check_alone(tensor)
         node, number = self._given_tensor(tensor), self._number(tensor)
+        if number < 0:
+            raise TraceError(
+                f"{self._owner.line()}: {self.weight_names[node.name]} is a parameter or buffer of the model, which a "
+                "block does not change in place; use a copy: t.clone()"
+            )
         cell = self._fresh_cell(self._spec_of(tensor), self.updates.get(number, node), "a tensor of yours")
         cell.handles.append((Update(number), 0))
         return cell
+
+    def _check_alone(self, tensor: torch.Tensor) -> None:
+        """No other tensor that this body has changed shares memory with it.
+
+        Raises: TraceError.
+        """
+        changed = (x for x in map(self.constants.__getitem__, self.updates) if x is not tensor)
+        if any(share_memory(x, tensor) for x in changed if not isinstance(x, Value) and not isinstance(tensor, Value)):
+            raise TraceError(
+                f"{self._owner.line()}: a tensor {list(tensor.shape)} of yours shares memory with another that this "
+                "block has changed in place; use that one here too, or this one in a trace of its own"
+            )
 
     # -- arguments ---------------------------------------------------------------------------------------------------
 
@@ -363,6 +385,7 @@ class Body:
         if self.is_own(leaf):
             return self.current(leaf.cell)
         if isinstance(leaf, torch.Tensor):
+            self._check_alone(leaf)
             return self.updates.get(self._number(leaf), self._given_tensor(leaf))
         if isinstance(leaf, slice) and any(values_in(leaf)):
             return slice(
@@ -415,6 +438,15 @@ class Body:
         return known[0]
 
     @property
+    def changes_given(self) -> bool:
+        """Whether it changes a plain tensor of the user's in place: not a value of an earlier block."""
+        return any(type(self.constants[number]) is not Value for number in self.updates)
+
+    def seal(self) -> None:
+        """The user's code has had its time: from here on, tensors of the user's change by blocks that run before."""
+        self._versions = sealed(self.constants, self._versions)
+
+    @property
     def given(self) -> list[torch.Tensor]:
         """The plain tensors that it uses."""
         return [tensor for _, tensor in self._given.values()]
@@ -449,19 +481,6 @@ def _is_tensor(leaf: Any) -> bool:
 
 def _fake(leaf: Any) -> Any:
     return leaf.cell.fake if isinstance(leaf, Value) else leaf
-
-
-def check_unchanged(tensors: Sequence[torch.Tensor], versions: Sequence[int | None]) -> None:
-    """Tensors of the user's are as they were when a body used them; None for a version that does not count.
-
-    Raises: InputError for one that was changed in place since.
-    """
-    for tensor, version in zip(tensors, versions, strict=True):
-        if version is not None and _torch.version(tensor) != version:
-            raise InputError(
-                f"a tensor {list(tensor.shape)} used in this body was changed in place afterwards; "
-                "use a copy: t.clone()"
-            )
 
 
 def _own_copy(leaf: Any) -> Any:

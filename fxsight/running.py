@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from fxsight import _torch
 from fxsight.address import Address
 from fxsight.asked import asked_in_all, demanded, results_of
 from fxsight.become import become
@@ -24,6 +25,7 @@ from fxsight.intervention import Intervention, Save
 from fxsight.invoke import Batch, Invoker
 from fxsight.keep import Keeper
 from fxsight.known import Finish
+from fxsight.lent import AS_INPUT, check_unchanged, sealed
 from fxsight.lost import warn_of_lost_edits, warn_of_unused_results
 from fxsight.passes.use_known import UseKnown, fingerprints
 from fxsight.place import Places
@@ -81,6 +83,8 @@ class Running:
         self._skipped: list[tuple[Address, Rows | None, str]] = []
         self._keepers: list[Keeper] = []
         self._kept: list[Save] = []
+        self._lent: list[torch.Tensor] = []  # the inputs, while a session waits
+        self._lent_versions: list[int | None] = []
 
     @property
     def invoker(self) -> Invoker | None:
@@ -92,6 +96,7 @@ class Running:
     def forget(self) -> None:
         """Nothing of the run is kept alive by values that were not saved, nor by the tracer."""
         self._batch, self.asked_call = Batch([], False, self._inputs), None
+        self._lent, self._lent_versions = [], []
         if self._known:
             self._executable = self.program.bound([], True) if self._executable is not None else None
         self._known.clear()
@@ -99,6 +104,17 @@ class Running:
             self._results = []
             self._recorder.saved.clear()
             self._recorder.body.forget()
+
+    def lend(self) -> None:
+        """The inputs are the user's again, who may not change them before the session runs this."""
+        leaves = flatten(self._batch.joined)[0]
+        self._lent = [x for x in leaves if isinstance(x, torch.Tensor) and type(x) is not Value]
+        self._lent_versions = [_torch.version(x) for x in self._lent]
+
+    def seal(self) -> None:
+        """The session runs now: what changes tensors of the user's from here on are the blocks before this one."""
+        self._lent_versions = sealed(self._lent, self._lent_versions)
+        self._written.body.seal()
 
     @property
     def _places(self) -> Places:
@@ -149,7 +165,11 @@ class Running:
         self.run_asked()
 
     def ask(self, wanted: Sequence[Value]) -> Intervention:
-        """What is to be computed: what was saved, and some values besides.  It warns of what is lost; nothing runs."""
+        """What is to be computed: what was saved, and some values besides.  It warns of what is lost; nothing runs.
+
+        Raises: InputError where a tensor of the user's was changed since it was used.
+        """
+        check_unchanged(self._lent, self._lent_versions, AS_INPUT)
         recorder = self._written
         recorder.constants  # noqa: B018 - values of earlier blocks are computed for it
         self._asked = asked = asked_in_all(recorder, wanted, self._kept)

@@ -33,6 +33,7 @@ class Session:
     def __init__(self, share: bool = True) -> None:
         self._sharing = Sharing(share)
         self._waiting: list[Tracer] = []
+        self._written: list[Tracer] = []  # in the outermost block, which has not run yet
         self._kept: list[Any] = []
         self._blocks: list[list[Statement]] = []
         self._loops: list[Loop | None] = []
@@ -62,6 +63,7 @@ class Session:
         if not self._blocks:
             self._waiting.append(tracer)
             return
+        self._written.append(tracer)
         self._blocks[-1].insert(tracer.position, lambda now: self._run_again(tracer, now))
         for outer in here().traces:  # of another model: it runs later than this one
             outer.position += outer.position >= tracer.position
@@ -72,6 +74,9 @@ class Session:
         return len(self._blocks[-1]) if self._blocks else 0
 
     def _run_again(self, tracer: Tracer, now: Elements) -> None:
+        for written in self._written:
+            written.seal()
+        self._written.clear()
         args, kwargs = evaluate(tracer.asked_call, now)
         tracer.run_again((tuple(args), kwargs), self._held(tracer))
 
@@ -91,8 +96,19 @@ class Session:
 
     def force(self) -> None:
         """Run what waits, and let everything that is still held become plain tensors."""
+        waiting = self._take()
+        try:
+            self._sharing.run(waiting, self._held)
+        finally:
+            for tracer in waiting:
+                tracer.recorder.phase = "done"
+
+    def _take(self) -> list[Tracer]:
+        """What waits, to run now."""
         waiting, self._waiting = self._waiting, []
-        self._sharing.run(waiting, self._held)
+        for tracer in waiting:
+            tracer.seal()
+        return waiting
 
     def _held(self, tracer: Tracer) -> list[Value]:
         """The values of a block that somebody still holds."""
@@ -105,7 +121,7 @@ class Session:
         for value in self._kept:
             self.refer(thaw(value))
         used: list[Any] = [value for tracer in self._waiting for value in tracer.needed]
-        waiting, self._waiting = self._waiting, []
+        waiting = self._take()
 
         def wanted(tracer: Tracer) -> list[Value]:
             self._held(tracer).clear()
@@ -133,6 +149,8 @@ class Session:
     def open_block(self, loop: Loop | None) -> None:
         """Statements are written down from now on; what waits runs first."""
         self.force()
+        if not self._blocks:
+            self._written.clear()
         self._blocks.append([])
         self._loops.append(loop)
 

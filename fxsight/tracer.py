@@ -24,6 +24,7 @@ from fxsight.branch import Branch, Stopped
 from fxsight.cache import Cache
 from fxsight.context import enter_trace, here, leave_trace
 from fxsight.edit import Edit
+from fxsight.effects import changes_inputs
 from fxsight.errors import TraceError
 from fxsight.invoke import Invoker
 from fxsight.keep import Asked, Keeper, paths_of
@@ -97,7 +98,9 @@ class Tracer(Statements):
             walk.remember(self._executable, recorder.constants, self._numbers, learning)
 
     def _wait(self, recorder: Recorder, session: Any) -> None:
-        """For the end of the session; a block that gives tensors of the user's gradients runs at once, with all before.
+        """For the end of the session; a block that changes tensors of the user's runs at once, with all before.
+
+        It changes them in place, or gives them gradients: what is written next may read them.
 
         Raises: TraceError for such a block in one that is written once, around which an optimizer's step would not be.
         """
@@ -108,8 +111,10 @@ class Tracer(Statements):
                 "follows it, such as optimizer.step(), would be done once; write `for item in session.iter(...):`"
             )
         recorder.phase = "waiting"
+        self.lend()
         session.add(self)
-        if gives:
+        changes = recorder.body.changes_given or changes_inputs(self._captured)
+        if (gives or changes) and not session.is_written_down:
             session.force()
 
     def _learning(self, walk: Walk) -> Any:

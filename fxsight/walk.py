@@ -19,10 +19,10 @@ from typing import Any, Protocol, cast
 import torch
 
 from fxsight import _torch
-from fxsight.body import check_unchanged
 from fxsight.dressed import Dressed, Dresser, undress
 from fxsight.edit import Edit
 from fxsight.known import Finish, Number, Step, Unknown, described
+from fxsight.lent import check_unchanged
 from fxsight.lines import user_line
 from fxsight.run import Executable
 from fxsight.tree import flatten
