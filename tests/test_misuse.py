@@ -590,7 +590,10 @@ def test_a_constant_changed_after_its_use() -> None:
             _model().layers[0].output += mine
             mine[0] = 1
 
-    message = "a tensor [4] used in this body was changed in place afterwards; use a copy: t.clone()"
+    message = (
+        "a tensor [4] used in this body was changed in place afterwards; use a copy: t.clone(), and for `t[i] += value` "
+        "write t[i].add_(value)"
+    )
     _misuse(body, InputError, message)
 
 
