@@ -21,7 +21,7 @@ from fxsight.backward import Gradients, about_gradients
 from fxsight.containers import savable
 from fxsight.errors import TextError, TraceError
 from fxsight.item import check_none
-from fxsight.lent import check_unchanged, sealed, share_memory
+from fxsight.lent import check_unchanged, place_in, sealed, share_memory
 from fxsight.mutate import SELF, ViewStep, mutate
 from fxsight.node import Origin
 from fxsight.rules import Rule, Table, rule_for
@@ -335,7 +335,9 @@ class Body:
 
         Raises: TraceError for a weight of the model.
         """
-        self._check_alone(tensor)
+        part = self._part(tensor)
+        if part is not None:
+            return part.cell
         node, number = self._given_tensor(tensor), self._number(tensor)
         if number < 0:
             raise TraceError(
@@ -346,17 +348,27 @@ class Body:
         cell.handles.append((Update(number), 0))
         return cell
 
-    def _check_alone(self, tensor: torch.Tensor) -> None:
-        """No other tensor that this body has changed shares memory with it.
+    def _part(self, tensor: torch.Tensor) -> Value | None:
+        """The tensor as a part of another of the user's that this body has changed; None where none shares its memory.
 
-        Raises: TraceError.
+        Raises: TraceError where it is no part of that.
         """
-        changed = (x for x in map(self.constants.__getitem__, self.updates) if x is not tensor)
-        if any(share_memory(x, tensor) for x in changed if not isinstance(x, Value) and not isinstance(tensor, Value)):
-            raise TraceError(
-                f"{self._owner.line()}: a tensor {list(tensor.shape)} of yours shares memory with another that this "
-                "block has changed in place; use that one here too, or this one in a trace of its own"
-            )
+        for number in self.updates:
+            changed = self.constants[number]
+            if type(changed) is Value or type(tensor) is Value or not share_memory(changed, tensor):
+                continue
+            if changed is tensor:
+                return None
+            start = place_in(changed, tensor)
+            if start is None:
+                raise TraceError(
+                    f"{self._owner.line()}: a tensor {list(tensor.shape)} of yours shares memory with another that "
+                    "this block has changed in place; use that one here too, or this one in a trace of its own"
+                )
+            whole = Value.of(self._update_cell(changed))
+            part: Value = self.operation(torch.Tensor.as_strided, (whole, tensor.shape, tensor.stride(), start), {})
+            return part
+        return None
 
     # -- arguments ---------------------------------------------------------------------------------------------------
 
@@ -385,7 +397,9 @@ class Body:
         if self.is_own(leaf):
             return self.current(leaf.cell)
         if isinstance(leaf, torch.Tensor):
-            self._check_alone(leaf)
+            part = self._part(leaf) if self.updates else None
+            if part is not None:
+                return self.current(part.cell)
             return self.updates.get(self._number(leaf), self._given_tensor(leaf))
         if isinstance(leaf, slice) and any(values_in(leaf)):
             return slice(

@@ -50,6 +50,19 @@ def share_memory(one: Any, other: Any) -> bool:
     return bool(covered[_places(other, (second.start - start) // size)].any())
 
 
+def place_in(whole: torch.Tensor, part: torch.Tensor) -> int | None:
+    """Where in the numbers of one tensor another begins that is a part of it; None where it is none.
+
+    Of a tensor whose copies are laid out as it is itself: without holes.
+    """
+    inside, size = part.data_ptr() - whole.data_ptr(), whole.element_size()
+    is_dense = torch.empty_like(whole, device="meta").stride() == whole.stride() and _extent(whole) == whole.numel()
+    is_plain = whole.dtype == part.dtype and not any(x.is_conj() or x.is_neg() for x in (whole, part))
+    if not is_dense or not is_plain or inside < 0 or inside % size or _bytes(part).stop > _bytes(whole).stop:
+        return None
+    return inside // size
+
+
 def _bytes(tensor: torch.Tensor) -> range:
     """The addresses from its first number to behind its last."""
     start = tensor.data_ptr()
