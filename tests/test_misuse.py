@@ -591,8 +591,8 @@ def test_a_constant_changed_after_its_use() -> None:
             mine[0] = 1
 
     message = (
-        "a tensor [4] used in this body was changed in place afterwards; use a copy: t.clone(), and for `t[i] += value` "
-        "write t[i].add_(value)"
+        "a tensor [4] used in this body was changed in place afterwards; use a copy: t.clone(), and for "
+        "`t[i] += value` write t[i].add_(value)"
     )
     _misuse(body, InputError, message)
 
