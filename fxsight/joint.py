@@ -112,9 +112,14 @@ class Shapes:
         """A tensor or number of some spec."""
         if not isinstance(spec, TensorSpec):
             return self._size(spec.expr)
-        shape, stride = [self._size(d) for d in spec.shape], [self._size(d) for d in spec.stride]
+        shape = [self._size(d) for d in spec.shape]
+        stride = [self._size(d) for d in spec.stride] if all(map(self._is_known, spec.stride)) else _apart(shape)
         with self.mode:
             return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
+
+    def _is_known(self, step: Any) -> bool:
+        """Whether sizes tell a step in memory; those of a slice of something larger do not."""
+        return isinstance(step, int) or step.free_symbols <= set(self._numbers)
 
     def conditions(self) -> tuple[Any, ...]:
         """What has been assumed of the sizes."""
@@ -131,6 +136,14 @@ class Shapes:
         if not expr.free_symbols:
             return int(expr)
         return _torch.symbolic_number(self.mode, expr, size_number(dim, self._numbers))
+
+
+def _apart(shape: Sequence[Any]) -> list[Any]:
+    """Steps in memory with something between the rows, as in a slice of something larger."""
+    steps: list[Any] = [1] if shape else []
+    for size in reversed(shape[1:]):
+        steps.append(steps[-1] * size + 1)
+    return steps[::-1]
 
 
 def trace_joint(

@@ -523,3 +523,26 @@ def test_random_numbers_are_not_drawn_twice() -> None:
         loss = model.output.sum()
         print(loss.item())
         loss.backward()
+
+
+def test_an_input_that_is_a_slice_of_something_larger() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.last(torch.relu(self.first(x.reshape(-1, 4))))
+            return found
+
+    torch.manual_seed(0)
+    net = Net().requires_grad_(False)
+    model: Any = fxsight.Model(net, cache=False)
+    for x in (torch.randn(6, 5, 8)[:2, :3, :4], torch.randn(5, 4, 7)[:4, 1:, 2:6]):
+        with model.trace(x):
+            h = model.first.output
+            model.output.sum().backward()
+            found = h.grad.save()
+        hidden = net.first(x.reshape(-1, 4)).requires_grad_()
+        net.last(torch.relu(hidden)).sum().backward()
+        assert torch.equal(found, hidden.grad)
