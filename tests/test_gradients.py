@@ -536,7 +536,7 @@ def test_an_input_that_is_a_slice_of_something_larger() -> None:
             return found
 
     torch.manual_seed(0)
-    net = Net().requires_grad_(False)
+    net: Any = Net().requires_grad_(False)
     model: Any = fxsight.Model(net, cache=False)
     for x in (torch.randn(6, 5, 8)[:2, :3, :4], torch.randn(5, 4, 7)[:4, 1:, 2:6]):
         with model.trace(x):
