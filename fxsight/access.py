@@ -18,6 +18,7 @@ import torch
 
 from fxsight.past import constant, find_class
 from fxsight.tree import Tree, flatten
+from fxsight.written import written
 
 _PLAIN = frozenset([torch.Tensor, type(None), bool, int, float, str])
 
@@ -27,7 +28,7 @@ class Access:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self._read: Callable[[Any], list[Any] | None] = _Writer().written(tree)
+        self._read: Callable[[Any], list[Any] | None] = _Writer().function(tree)
 
     def __call__(self, value: Any) -> list[Any] | None:
         """The leaves, as ``flatten`` gives them; None where the value has another shape."""
@@ -43,12 +44,11 @@ class _Writer:
         self._leaves: list[str] = []
         self._made = 0
 
-    def written(self, tree: Tree) -> Any:
+    def function(self, tree: Tree) -> Any:
         """The function."""
         self._visit(tree, "v0")
         self._lines.append(f"    return [{', '.join(self._leaves)}]")
-        exec(compile("\n".join(self._lines), "<access>", "exec"), self._globals)
-        return self._globals["read"]
+        return written(self._lines, "access", self._globals)
 
     def _visit(self, tree: Tree, name: str) -> None:
         if tree.kind == "leaf":

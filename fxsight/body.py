@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from fxsight.containers import savable
 from fxsight.errors import TextError, TraceError
 from fxsight.item import check_none
 from fxsight.lent import check_unchanged, place_in, sealed, share_memory
+from fxsight.looked import looked_dimensions
 from fxsight.mutate import SELF, ViewStep, mutate
 from fxsight.node import Origin
 from fxsight.rules import Rule, Table, rule_for
@@ -137,7 +138,7 @@ class Body:
             "storage_offset",
             "nelement",
         ):
-            self._look(args, _dimensions(name, args, kwargs))
+            self._look(args, looked_dimensions(name, args, kwargs))
             return func(*map_leaves(_fake, args), **kwargs)
         return self.operation(func, args, kwargs)
 
@@ -479,16 +480,6 @@ class Body:
         return tuple((node.name, node.meta["spec"]) for node in nodes)
 
 
-def _dimensions(name: str, args: Any, kwargs: Any) -> tuple[int, ...] | None:
-    """Which dimensions a question about a shape is about; None for all."""
-    if name in ("dim", "element_size"):
-        return ()
-    given = args[1] if len(args) > 1 else kwargs.get("dim")
-    if name == "size" and type(given) is int:
-        return (given,)
-    return (0,) if name == "__len__" else None
-
-
 def _is_tensor(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor)
 
@@ -503,13 +494,3 @@ def _own_copy(leaf: Any) -> Any:
 
 def _attribute_name(func: Any) -> str:
     return getattr(getattr(func, "__self__", None), "__name__", getattr(func, "__name__", str(func)))
-
-
-def looked_sizes(node: fx.Node, dims: Collection[int]) -> tuple[int | None, ...]:
-    """The sizes of a value that a body has looked at; None for the dimensions that it has not."""
-    return tuple(size if dim in dims else None for dim, size in enumerate(node.meta["spec"].numbers))
-
-
-def sizes_text(sizes: Sequence[int | None]) -> str:
-    """Such sizes for messages: ``[any, 5]``."""
-    return str(list(sizes)).replace("None", "any")

@@ -17,10 +17,11 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
-from fxsight.body import QUIET, sizes_text
+from fxsight.body import QUIET
 from fxsight.causality import check_causal
 from fxsight.errors import EditError, FxsightError, InputError, NotExecuted, UnknownAddress
 from fxsight.intervention import Intervention
+from fxsight.looked import sizes_text
 from fxsight.node import origin_of
 from fxsight.place import Location, Place
 from fxsight.record import Recorder

@@ -12,13 +12,13 @@ import torch
 from torch import fx
 
 from fxsight.asked import asked_so_far
-from fxsight.body import looked_sizes
 from fxsight.captures import Captures
 from fxsight.edit import Edit
 from fxsight.errors import EditError, FirstCallWarning, NeedsValueError
 from fxsight.inputs import Inputs
 from fxsight.intervention import Intervention
 from fxsight.lines import user_line
+from fxsight.looked import looked_sizes
 from fxsight.lost import warn_of_lost_edits, warn_of_unused_results
 from fxsight.record import Recorder
 from fxsight.rows import Call

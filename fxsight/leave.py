@@ -18,6 +18,7 @@ from fxsight.program import Program
 from fxsight.sizes import bind_sizes
 from fxsight.spec import number, parse_dims
 from fxsight.tree import LEAF, Tree
+from fxsight.written import written
 
 T = TypeVar("T")
 
@@ -71,9 +72,7 @@ def _putting(tree: Tree, after: Sequence[Leaf]) -> Callable[[Any, Sequence[Any]]
             members[owner] = f"m{len(members)}"
             lines.append(f"    {members[owner]} = {owner}")
         lines.append(f"    {members[owner]}[{key!r}] = left[{place}]")
-    made: dict[str, Any] = {}
-    exec(compile("\n".join([*lines, "    return None"]), "<leave>", "exec"), made)
-    put: Callable[[Any, Sequence[Any]], None] = made["put"]
+    put: Callable[[Any, Sequence[Any]], None] = written([*lines, "    return None"], "leave", {})
     return put
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import fx
 
 from fxsight.backward import Arrival
-from fxsight.body import QUIET, Body, Demand, Update, looked_sizes
+from fxsight.body import QUIET, Body, Demand, Update
 from fxsight.containers import thaw
 from fxsight.dressed import Dresser
 from fxsight.errors import TraceError, WriteError
 from fxsight.lines import user_line
 from fxsight.locations import Locations, State
+from fxsight.looked import looked_sizes
 from fxsight.lost import stale_edit
 from fxsight.node import origin_of
 from fxsight.place import Location, Places

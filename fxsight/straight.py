@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from fxsight.direct import direct
+from fxsight.written import written
 
 _LITERALS = (bool, int, str, type(None))
 
@@ -30,9 +31,8 @@ def straight(graph: fx.Graph, name: str = "program") -> Callable[..., list[Any]]
     graph: placeholders, calls of functions and one output.
     """
     writer = _Writer(graph)
-    source = "\n".join([f"def program({', '.join(writer.parameters)}):", *writer.lines()])
-    exec(compile(source, f"<{name}>", "exec"), writer.globals)
-    made: Callable[..., list[Any]] = writer.globals["program"]
+    lines = [f"def program({', '.join(writer.parameters)}):", *writer.lines()]
+    made: Callable[..., list[Any]] = written(lines, name, writer.globals)
     return made
 
 

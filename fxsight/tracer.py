@@ -19,7 +19,6 @@ from fxsight.address import Address
 from fxsight.asked import teaches
 from fxsight.at import At
 from fxsight.become import become
-from fxsight.body import sizes_text
 from fxsight.branch import Branch, Stopped
 from fxsight.cache import Cache
 from fxsight.context import enter_trace, here, leave_trace
@@ -30,6 +29,7 @@ from fxsight.invoke import Invoker
 from fxsight.keep import Asked, Keeper, paths_of
 from fxsight.known import Finish, Step
 from fxsight.lines import user_line
+from fxsight.looked import sizes_text
 from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.running import check_inputs

@@ -51,6 +51,19 @@ def bart() -> nn.Module:
     return made
 
 
+class Stream:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(value.tolist())
+
+    def end(self) -> None:
+        self.seen.append("end")
+
+
 @contextmanager
 def hooked(module: nn.Module, path: str, change: Callable[[int, Any], Any]) -> Iterator[list[Any]]:
     """While open, the output of a submodule is changed at each call; the outputs are kept.

@@ -18,7 +18,7 @@ from fxsight import LanguageModel
 from fxsight.errors import CausalityError, FirstCallWarning, NotSavedError, TraceError
 from fxsight.run import Executable
 from fxsight.step import SMALL
-from tests.generating import GREEDY, IDS, gpt2, hf, hooked, keep
+from tests.generating import GREEDY, IDS, Stream, gpt2, hf, hooked, keep
 
 
 @pytest.fixture(scope="module")
@@ -240,19 +240,6 @@ def test_sampling_beams_processors_and_streamers(model: Any, module: Any) -> Non
                 model.transformer.h[0].output += 1
             out = tracer.result.save()
         assert torch.equal(out, expected), way
-
-
-class Stream:
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.seen.append(value.tolist())
-
-    def end(self) -> None:
-        self.seen.append("end")
 
 
 def test_a_streamer_is_given_each_token_once(model: Any, module: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxsight import LanguageModel
 from fxsight.errors import NotSavedError, TraceError
-from tests.generating import GREEDY, IDS, gpt2, hf, hooked, keep, t5
+from tests.generating import GREEDY, IDS, Stream, gpt2, hf, hooked, keep, t5
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +21,6 @@ def module() -> nn.Module:
 @pytest.fixture(scope="module")
 def model(module: nn.Module) -> LanguageModel:
     return LanguageModel(module)
-
-
-class Stream:
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.seen.append(value.tolist())
-
-    def end(self) -> None:
-        self.seen.append("end")
 
 
 def test_at_a_step(model: Any, module: Any) -> None:
