@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from fxsight.address import Address
 from fxsight.errors import WriteError
 from fxsight.past import Count
 from fxsight.tree import flatten
 
-Dressed = tuple[Any, list[Any], Address]  # a structure of the model's, its leaves, and where it is from
+
+class Dressed(NamedTuple):
+    """A structure of the model's in a body: its leaves, whether its members are still what they were, its place."""
+
+    structure: Any
+    leaves: list[Any]
+    is_whole: Callable[[], bool]
+    address: Address
 
 
 def undress(dressed: Iterable[Dressed]) -> None:
@@ -19,15 +26,20 @@ def undress(dressed: Iterable[Dressed]) -> None:
 
     Raises: WriteError when a member was assigned, which the model cannot see.
     """
-    for structure, leaves, address in dressed:
-        attributes: Any = vars(structure)
+    for one in dressed:
+        attributes: Any = vars(one.structure)
         attributes.pop("save", None)
-        now = flatten(structure)[0]
-        if len(now) != len(leaves) or any(not _is_same(a, b) for a, b in zip(now, leaves, strict=True)):
+        if not one.is_whole():
             raise WriteError(
-                f"a member of {address} was assigned, which the model does not see; change it in place "
-                f"(out.logits[:] = ...) or write the whole (model.{address.port} = ...)"
+                f"a member of {one.address} was assigned, which the model does not see; change it in place "
+                f"(out.logits[:] = ...) or write the whole (model.{one.address.port} = ...)"
             )
+
+
+def has_leaves(structure: Any, leaves: list[Any]) -> bool:
+    """Whether these are the leaves of a structure."""
+    now = flatten(structure)[0]
+    return len(now) == len(leaves) and all(map(_is_same, now, leaves))
 
 
 def _is_same(now: Any, before: Any) -> bool:
@@ -45,16 +57,17 @@ class Dresser:
         """A dict, list, model output or dataclass of the model in a body: with ``.save()``, and watched for assignments
         to its members."""
         object.__setattr__(structure, "save", partial(self._save, structure))
-        self._dressed.append((structure, list(flatten(structure)[0]), address))
+        leaves = list(flatten(structure)[0])
+        self._dressed.append(Dressed(structure, leaves, partial(has_leaves, structure, leaves), address))
         return structure
 
     def _save(self, structure: Any) -> Any:
         self._keep(structure)
         return structure
 
-    def adopt(self, made: Any, structure: Any, leaves: list[Any]) -> None:
-        """Watch a structure of the body's instead of one that was made now; ``leaves``: as it was."""
-        self._dressed = [(structure, leaves, a) if s is made else (s, old, a) for s, old, a in self._dressed]
+    def adopt(self, made: Any, instead: Dressed) -> None:
+        """Watch a structure of the body's instead of one that was made now."""
+        self._dressed = [instead if one.structure is made else one for one in self._dressed]
 
     def finish(self) -> None:
         """The block has ended: structures are as the model has them.

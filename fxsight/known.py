@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from fxsight.address import Address
+from fxsight.mould import Mould
 from fxsight.run import Executable
 from fxsight.spec import TensorSpec
 from fxsight.tree import flatten
@@ -103,5 +104,5 @@ def described(result: Any, line: str, read_at: Address | None) -> tuple[Step, li
     kind = "one" if tree.kind == "leaf" else "many"
     data: Any = None if kind == "one" else (tree, tuple(numbers), is_members)
     if is_read:
-        kind, data = "fields", (tree, tuple(numbers), read_at)
+        kind, data = "fields", (Mould(tree), tuple(numbers), read_at)
     return Step(kind, data, line, whats, specs, tuple(map(shaped, specs))), values

@@ -207,14 +207,14 @@ class Walk:
 
     def _structure(self, step: Step) -> Any:
         """A model output or dataclass, as the recorder makes it."""
-        tree, leaves, address = step.data
+        mould, leaves, address = step.data
         made = [self._value(step, leaf) if type(leaf) is Number else leaf for leaf in leaves]
         self._building = True
         try:
-            structure = tree.build(made)
+            structure, filled = mould.fill(made)
         finally:
             self._building = False
-        self._dressed.append((structure, made, address))
+        self._dressed.append(Dressed(structure, made, filled.is_whole, address))
         return self._with_save(structure)
 
     def _with_save(self, structure: Any) -> Any:
@@ -261,13 +261,13 @@ class Walk:
 
     def _take_over(self, mine: Any, theirs: Any) -> None:
         """Values made on the known way get the cells of those written down now."""
-        dressed = next((leaves for structure, leaves, _ in self._dressed if structure is mine), None)
+        dressed = next((one for one in self._dressed if one.structure is mine), None)
         if dressed is not None:
-            cast(Writing, self._recorder).dresser.adopt(theirs, mine, dressed)
+            cast(Writing, self._recorder).dresser.adopt(theirs, dressed)
         if isinstance(mine, Members):
             mine.writer = theirs.writer
         if mine is not theirs:
-            leaves = flatten(mine)[0] if dressed is None else dressed
+            leaves = flatten(mine)[0] if dressed is None else dressed.leaves
             for leaf, other in zip(leaves, flatten(theirs)[0], strict=True):
                 if isinstance(leaf, Value) and leaf is not other:
                     leaf.known_cell = other.cell
