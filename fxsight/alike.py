@@ -15,6 +15,7 @@ import torch
 
 from fxsight.bits import Known, narrow_exactly
 from fxsight.captures import Captures
+from fxsight.errors import TraceError
 from fxsight.intervention import Intervention
 from fxsight.lift import Outline, lifted, varying
 from fxsight.numbering import has_effects
@@ -24,6 +25,15 @@ from fxsight.program import Program
 from fxsight.stride import best_stride
 
 KEPT = 16  # plans kept per model
+MODES = ("exact", "fast")
+
+
+def check_options(mode: Any, budget: Any) -> None:
+    """Raises: TraceError for what is no mode, and no number of bytes."""
+    if mode not in MODES:
+        raise TraceError(f"no mode {mode!r}; one of {', '.join(MODES)}")
+    if budget is not None and not (type(budget) is int and budget > 0):
+        raise TraceError(f"budget={budget!r}: a number of bytes, for example budget=256 * 2**20")
 
 
 class Written(Protocol):

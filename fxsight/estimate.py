@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fxsight.cost import Cost, Sizes, cost_of
+from fxsight.cost import Cost, Sizes, cost_of, peak_bytes
 from fxsight.parts import Group
 from fxsight.program import Program
+from fxsight.targets import target_name
 from fxsight.together import Together
 
 
@@ -51,6 +52,26 @@ class Estimate:
         """Of one program, run once."""
         return cost_of(program.graph.nodes, self.sizes)
 
+    @cached_property
+    def held(self) -> int:
+        """The most memory that shared values hold at once, in bytes."""
+        held = dict[int, int]()
+        most = 0
+        for group in self.groups:
+            for part in group.shared:
+                held.update(part.held(self.sizes))
+            most = max(most, sum(held.values()))
+            held = {value: size for value, size in held.items() if value not in group.last}
+        return most
+
+    @cached_property
+    def while_one_runs(self) -> int:
+        """The most memory that one part, or one chunk, holds while it runs, besides weights and shared values."""
+        parts = [peak_bytes(p.program.graph, self.sizes) for g in self.groups for p in g.parts]
+        return max([*parts, *(t.chunk_bytes(len(group.cells), self.budget) for group, t in self.together)], default=0)
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
     def lines(self, cells: str) -> Iterator[str]:
         """What is computed how often.  cells: what the cells are called."""
         programs = "one program" if len(self.groups) == 1 else f"{len(self.groups)} programs"
@@ -58,6 +79,38 @@ class Estimate:
             yield f"  {programs} for {self.cells} {cells}s"
             yield f"  once           {cost_text(self.shared)}"
             yield f"  for each {cells:<5} {'at most ' if self.together else ''}{cost_text(self.own)}"
+        if self.together:
+            yield from self._fast_lines(cells)
+        narrowed = sum(any(made.startswith("NarrowReads") for made in g.program.history) for g in self.groups)
+        if narrowed:
+            yield f"  only rows that are read: {narrowed} programs, tried to give the same bits"
+
+    def _fast_lines(self, word: str) -> Iterator[str]:
+        axes = dict.fromkeys(together.stride.axis for _, together in self.together)
+        cells = sum(len(group.cells) for group, _ in self.together)
+        chunks = sum(together.chunks(len(group.cells), self.budget) for group, together in self.together)
+        by = f"{cells} {word}s by {' and '.join(axes)}"
+        yield f"  together       {by}, in at most {chunks} chunks of {bytes_text(self.budget)}"
+        if any(together.stride.partial for _, together in self.together):
+            yield "                 only rows that an edit reaches; the others are those of the run without it"
+        names = sorted({target_name(node.target) for _, together in self.together for node in together.stride.alone})
+        if names:
+            yield f"                 but {word} by {word}: {', '.join(names)}"
+        exact = len(self.groups) - len(self.together)
+        if exact:
+            yield f"                 but {exact} programs as in mode exact: nothing in them is known to go by rows"
+        done = [rows for _, together in self.together for rows in together.done]
+        if done:
+            yield f"  computed       {sum(n for n, _ in done):,} of {sum(n for _, n in done):,} rows"
+
+    def memory_line(self, cell: str) -> str:
+        """The memory that it takes."""
+        shared, one = bytes_text(self.held), bytes_text(self.while_one_runs)
+        return f"  memory         shared values {shared}, while {_a(cell)} runs {one}"
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def total_line(cells: str, naive: Cost, planned: Cost) -> str:

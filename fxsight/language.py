@@ -12,6 +12,7 @@ from fxsight.context import open_block
 from fxsight.edit_text import edits_of
 from fxsight.errors import TraceError
 from fxsight.generation import Generation
+from fxsight.invokes import own_arguments
 from fxsight.loading import Pending, Source
 from fxsight.media import media_in
 from fxsight.model import Model
@@ -188,6 +189,7 @@ class LanguageModel(Model):
         """
         if backend not in BACKENDS:
             raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
+        own_arguments(self._module, "generate", {name: kwargs[name] for name in ("mode",) if name in kwargs})
         has_prompt = self._inputs.are_given(args, kwargs)
         if not trace and not has_prompt:
             raise TraceError("generate needs a prompt: model.generate('Hello', max_new_tokens=3, trace=False)")

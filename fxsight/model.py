@@ -25,6 +25,7 @@ from fxsight.export_steps import Steps, export_steps
 from fxsight.fold import fold_into_weights
 from fxsight.grid import Grid
 from fxsight.inputs import PLAIN, Inputs
+from fxsight.invokes import Invokes, own_arguments
 from fxsight.methods import Method
 from fxsight.parameters import EditParameters
 from fxsight.plan import Plan
@@ -33,6 +34,7 @@ from fxsight.rows import Call
 from fxsight.running import BACKENDS
 from fxsight.scan import Scan
 from fxsight.sessions import Session
+from fxsight.shared import ALONE, SHARED
 from fxsight.store import Store
 from fxsight.sweep import plan_sweep, split_arguments
 from fxsight.tracer import Tracer
@@ -93,6 +95,8 @@ class Model(View):
         validate: Any = True,
         debug: Any = False,
         invoker_args: Any = None,
+        mode: Any = None,
+        budget: Any = None,
         **kwargs: Any,
     ) -> Any:
         """A block in which values of ``module(*args, **kwargs)`` are read and written; it runs when the block ends.
@@ -102,12 +106,19 @@ class Model(View):
         trace: False for no block: simply the module's output.  invoker_args: more keyword arguments.
         scan, validate, debug: accepted; every block is checked line by line as it is written, and errors are raised
         there.
+        mode: without input, for invokes that share what they have in common instead of running as one batch: "exact":
+        each bitwise as if traced alone; "fast": computed together, within ``lower.TOLERANCE``; see ``invokes``.
+        budget: bytes that such invokes may hold at once.
 
-        Raises: TraceError for an unknown backend, and when the block ends without any input.
+        Raises: TraceError for an unknown backend or mode, and when the block ends without any input.
         """
         if backend not in BACKENDS:
             raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
+        options = {name: value for name, value in (("mode", mode), ("budget", budget)) if value is not None}
         kwargs = {**kwargs, **(invoker_args or {})}
+        if options and trace and not self._inputs.are_given(args, kwargs):
+            return Invokes(self._captures, backend, self._inputs, self._edits, **options)
+        kwargs.update(own_arguments(self._module, self._captures.method, options))
         inputs: Inputs = self._inputs
         if not trace:
             return self._plainly(*inputs.prepare(args, kwargs))
@@ -314,7 +325,7 @@ class Model(View):
         share: whether traces on the same inputs compute what they have in common once, with the same bits;
         ``session.explain()`` says what was shared.
         """
-        return Session(share)
+        return Session(SHARED if share else ALONE)
 
     def method(self, name: str) -> Method:
         """A method of the module, to be traced: ``with model.method("encode").trace(x):``.
@@ -448,7 +459,7 @@ def save(value: Any) -> Any:
 
 def session(share: bool = True) -> Session:
     """A block for several traces, of one model or of several: see ``Model.session``."""
-    return Session(share)
+    return Session(SHARED if share else ALONE)
 
 
 def apply(function: Any, *args: Any, **kwargs: Any) -> Any:

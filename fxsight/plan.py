@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fxsight.captures import Captures
-from fxsight.cost import Cost, Sizes, bytes_of, peak_bytes
+from fxsight.cost import Cost, Sizes, bytes_of
 from fxsight.errors import SweepWarning
 from fxsight.estimate import Estimate, bytes_text, total_line
 from fxsight.grid import Grid, Labels, cells_of
@@ -20,7 +20,6 @@ from fxsight.parts import Group, run_groups
 from fxsight.progress import Progress
 from fxsight.show import Text
 from fxsight.spec import TensorSpec
-from fxsight.targets import target_name
 from fxsight.together import BUDGET, Together
 from fxsight.tree import Tree
 
@@ -88,28 +87,20 @@ class Plan:
     def _alone(self) -> Cost:
         return sum((self._estimate.whole(self.cells[number].program_alone.program) for number in self.alone), Cost())
 
-    @cached_property
+    @property
     def held(self) -> int:
         """The most memory that shared values hold at once, in bytes."""
-        held = dict[int, int]()
-        most = 0
-        for group in self.groups:
-            for part in group.shared:
-                held.update(part.held(self.sizes))
-            most = max(most, sum(held.values()))
-            held = {value: size for value, size in held.items() if value not in group.last}
-        return most
+        return self._estimate.held
 
     @property
     def result_bytes(self) -> int:
         """Memory of the results."""
         return len(self.cells) * sum(bytes_of(spec, {}) for spec in self.returned.leaves)
 
-    @cached_property
+    @property
     def cell_bytes(self) -> int:
         """The most memory that one part, or one chunk, holds while it runs, besides weights and shared values."""
-        parts = [peak_bytes(p.program.graph, self.sizes) for g in self.groups for p in g.parts]
-        return max([*parts, *(t.chunk_bytes(len(group.cells), self.budget) for group, t in self.together)], default=0)
+        return self._estimate.while_one_runs
 
     # -- text --------------------------------------------------------------------------------------------------------
 
@@ -122,38 +113,11 @@ class Plan:
         grid = " × ".join(f"{name} {len(labels)}" for name, labels in self.axes.items())
         yield f"{count} cells: {grid}; {self.mode}"
         yield from self._estimate.lines("cell")
-        yield from self._fast_lines()
-        narrowed = sum(any(made.startswith("NarrowReads") for made in g.program.history) for g in self.groups)
-        if narrowed:
-            yield f"  only rows that are read: {narrowed} programs, tried to give the same bits"
         reasons = dict.fromkeys(self.alone.values())
         for reason in reasons:
             yield f"  {sum(r == reason for r in self.alone.values())} cells run alone: {reason}"
         yield total_line("cell", self.naive, self.cost)
-        yield (
-            f"  memory         shared values {bytes_text(self.held)}, while a cell runs {bytes_text(self.cell_bytes)}, "
-            f"results {bytes_text(self.result_bytes)}"
-        )
-
-    def _fast_lines(self) -> Iterator[str]:
-        if not self.together:
-            return
-        axes = dict.fromkeys(together.stride.axis for _, together in self.together)
-        cells = sum(len(group.cells) for group, _ in self.together)
-        chunks = sum(together.chunks(len(group.cells), self.budget) for group, together in self.together)
-        by = f"{cells} cells by {' and '.join(axes)}"
-        yield f"  together       {by}, in at most {chunks} chunks of {bytes_text(self.budget)}"
-        if any(together.stride.partial for _, together in self.together):
-            yield "                 only rows that an edit reaches; the others are those of the run without it"
-        names = sorted({target_name(node.target) for _, together in self.together for node in together.stride.alone})
-        if names:
-            yield f"                 but cell by cell: {', '.join(names)}"
-        exact = len(self.groups) - len(self.together)
-        if exact:
-            yield f"                 but {exact} programs as in mode exact: nothing in them is known to go by rows"
-        done = [rows for _, together in self.together for rows in together.done]
-        if done:
-            yield f"  computed       {sum(n for n, _ in done):,} of {sum(n for _, n in done):,} rows"
+        yield f"{self._estimate.memory_line('cell')}, results {bytes_text(self.result_bytes)}"
 
     def __str__(self) -> str:
         return self.explain()

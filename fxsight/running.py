@@ -93,6 +93,11 @@ class Running:
         calls = self._batch.calls
         return Invoker(tracer, calls[0]) if self._invoker is None and calls else self._invoker
 
+    @property
+    def given(self) -> Call:
+        """The call of the module, of all rows."""
+        return self._batch.joined
+
     def forget(self) -> None:
         """Nothing of the run is kept alive by values that were not saved, nor by the tracer."""
         self._batch, self.asked_call = Batch([], False, self._inputs), None

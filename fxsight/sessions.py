@@ -17,7 +17,7 @@ from fxsight.context import enter_session, here, leave_session
 from fxsight.errors import TraceError
 from fxsight.item import Elements, Item, evaluate
 from fxsight.loop import Condition, Loop, Statement
-from fxsight.shared import Sharing
+from fxsight.shared import SHARED, Sharing, Terms
 from fxsight.show import Text
 from fxsight.tracer import Tracer
 from fxsight.value import Value, values_in
@@ -26,12 +26,11 @@ from fxsight.value import Value, values_in
 class Session:
     """``with model.session() as session:``, or ``fxsight.session()`` for traces of several models.
 
-    share: whether traces on the same inputs compute what they have in common once (bit for bit the same); else one
-    runs after the other.
+    terms: whether, and how, traces on the same inputs compute what they have in common once.
     """
 
-    def __init__(self, share: bool = True) -> None:
-        self._sharing = Sharing(share)
+    def __init__(self, terms: Terms = SHARED) -> None:
+        self._sharing = Sharing(terms)
         self._waiting: list[Tracer] = []
         self._written: list[Tracer] = []  # in the outermost block, which has not run yet
         self._kept: list[Any] = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,9 +37,37 @@ from fxsight.tree import flatten
 from fxsight.value import Value
 
 _LARGE = 2**16  # inputs with more numbers are the same only where they are one tensor
-_GRADIENTS = "gradients are enabled and something requires them; use torch.no_grad()"
-_ONE = "no other trace has the same inputs"
 _NOTHING = "they have nothing to share"
+_OFF = "share=False"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How traces share.
+
+    mode: "exact" or "fast", as of a sweep; "" where each runs alone.  budget: bytes that those which are computed
+    together may hold at once.  word: what a trace is called.
+    keeps_graph: whether what is computed has its graph where weights require gradients, so that nothing is shared.
+    """
+
+    mode: str = "exact"
+    budget: int = BUDGET
+    word: str = "trace"
+    keeps_graph: bool = True
+
+    @property
+    def one(self) -> str:
+        """Why it is alone."""
+        return f"no other {self.word} has the same inputs" if self.mode else _OFF
+
+    @property
+    def gradients(self) -> str:
+        """Why it is alone."""
+        what = "something" if self.keeps_graph else "a tensor of yours"
+        return f"gradients are enabled and {what} requires them; use torch.no_grad()"
+
+
+SHARED, ALONE = Terms(), Terms(mode="")
 
 
 @dataclass(eq=False)
@@ -70,10 +99,10 @@ class Ready:
 
 
 class Sharing:
-    """Runs the traces of one session.  wanted: whether they may share; else one runs after the other."""
+    """Runs the traces of one session."""
 
-    def __init__(self, wanted: bool = True) -> None:
-        self._wanted = wanted
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
         self._shared: list[Estimate] = []
         self._alone: Counter[str] = Counter()
 
@@ -82,39 +111,45 @@ class Sharing:
 
         Raises: what running a trace raises.
         """
-        for together in rounds(tracers) if self._wanted else ([tracer] for tracer in tracers):
+        terms = self._terms
+        for together in rounds(tracers) if terms.mode else ([tracer] for tracer in tracers):
             if len(together) == 1:
-                self._run_alone([Ready(together[0], together[0].ask(values(together[0])))], _ONE)
+                self._run_alone([Ready(together[0], together[0].ask(values(together[0])))], terms.one)
                 continue
-            for ready, why in _sets([Ready(t, t.ask(values(t))) for t in together]):
-                plan = None if why else _plan(ready)
+            for ready, why in _sets([Ready(t, t.ask(values(t))) for t in together], terms):
+                plan = None if why else _plan(ready, terms.mode)
                 if plan is None:
                     self._run_alone(ready, why or _NOTHING)
                 else:
                     self._run_shared(ready, plan)
 
     def _run_alone(self, ready: Sequence[Ready], why: str) -> None:
-        self._alone[why if self._wanted else "share=False"] += len(ready)
+        self._alone[why] += len(ready)
         for one in ready:
-            one.tracer.run_asked()
+            with nullcontext() if self._terms.keeps_graph or _needs_graph(one, self._terms) else torch.no_grad():
+                one.tracer.run_asked()
             one.tracer.forget()
 
     def _run_shared(self, ready: Sequence[Ready], plan: Sequence[Group]) -> None:
-        self._shared.append(Estimate(plan, dict(ready[0].sizes), BUDGET))
-        for number, results in run_groups(plan, ready[0].tracer.inputs, BUDGET):
-            ready[number].tracer.take(own_memory(results))
-            ready[number].tracer.forget()
+        terms = self._terms
+        self._shared.append(Estimate(plan, dict(ready[0].sizes), terms.budget))
+        with torch.no_grad():
+            for number, results in run_groups(plan, ready[0].tracer.inputs, terms.budget):
+                ready[number].tracer.take(own_memory(results))
+                ready[number].tracer.forget()
 
     def explain(self) -> Text:
         """What the traces that have run have shared, and which ran alone."""
         return Text("\n".join(self._lines()))
 
     def _lines(self) -> Iterator[str]:
+        word = self._terms.word
         count = sum(one.cells for one in self._shared) + sum(self._alone.values())
-        yield f"{count} traces have run"
+        yield f"{count} {word}s have run{'' if self._terms.keeps_graph else f'; {self._terms.mode}'}"
         for one in self._shared:
-            yield from one.lines("trace")
-            yield total_line("trace", one.naive, one.shared + one.own)
+            yield from one.lines(word)
+            yield total_line(word, one.naive, one.shared + one.own)
+            yield one.memory_line(word)
         for why, number in self._alone.items():
             yield f"  {number} alone: {why}"
 
@@ -148,14 +183,20 @@ def _keeps_order(tracer: Tracer, known: dict[int, bool]) -> bool:
     return known[id(program)] or special or any(is_random(node) for node in body.graph.nodes)
 
 
-def _sets(ready: Sequence[Ready]) -> Iterator[tuple[list[Ready], str]]:
+def _sets(ready: Sequence[Ready], terms: Terms) -> Iterator[tuple[list[Ready], str]]:
     """Traces with the same inputs; and why they cannot share, empty where they can."""
     found: dict[Hashable, list[Ready]] = {}
     for one in ready:
         found.setdefault((id(one.tracer.captures.module), _inputs_key(one.tracer.inputs)), []).append(one)
     for same in found.values():
-        needs_graph = torch.is_grad_enabled() and any(_requires_grad(one) for one in same)
-        yield same, _ONE if len(same) == 1 else _GRADIENTS if needs_graph else ""
+        graphs = [one for one in same if _needs_graph(one, terms)]
+        if graphs and (terms.keeps_graph or len(graphs) == len(same)):
+            yield same, terms.one if len(same) == 1 else terms.gradients
+            continue
+        if graphs:
+            yield graphs, terms.gradients
+        others = [one for one in same if one not in graphs]
+        yield others, terms.one if len(others) == 1 else ""
 
 
 def _inputs_key(leaves: Sequence[Any]) -> Hashable:
@@ -171,18 +212,25 @@ def _leaf_key(leaf: Any) -> Hashable:
     return str(leaf.dtype), str(leaf.device), tuple(leaf.shape), leaf.stride(), tuple(leaf.flatten().tolist())
 
 
-def _requires_grad(one: Ready) -> bool:
-    given = [*flatten(one.tracer.inputs)[0], *one.constants, *one.tracer.captures.module.parameters()]
-    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+def _needs_graph(one: Ready, terms: Terms) -> bool:
+    """Whether what a trace computes is to have a graph: gradients are wanted in it, or of it after its end."""
+    if not torch.is_grad_enabled():
+        return False
+    given = [*flatten(one.tracer.inputs)[0], *one.constants]
+    if terms.keeps_graph:
+        given += one.tracer.captures.module.parameters()
+    wanted = not one.tracer.recorder.body.gradients.is_empty
+    return wanted or any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------
 
 
-def _plan(ready: Sequence[Ready]) -> tuple[Group, ...] | None:
+def _plan(ready: Sequence[Ready], mode: str) -> tuple[Group, ...] | None:
     """How they are computed; None where nothing is gained."""
     try:
-        found = planned(ready[0].tracer.captures, dict(enumerate(ready)), "exact").groups
+        found = planned(ready[0].tracer.captures, dict(enumerate(ready)), mode).groups
     except FxsightError:  # said again, at its line, when the trace runs alone
         return None
-    return found if any(part.executable.program.results for group in found for part in group.shared) else None
+    shares = any(part.executable.program.results for group in found for part in group.shared)
+    return found if shares or any(group.together for group in found) else None

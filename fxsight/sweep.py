@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fxsight import _torch
-from fxsight.alike import planned
+from fxsight.alike import check_options, planned
 from fxsight.asked import asked_in_all, results_of
 from fxsight.become import become
 from fxsight.captures import Captures
@@ -43,7 +43,6 @@ from fxsight.value import Value
 from fxsight.walk import Walk
 
 Body = Callable[..., Any]
-MODES = ("exact", "fast")
 _NUMBERS = "its body asks for numbers"
 _GRADIENTS = "they compute gradients"
 _EFFECTS = "random numbers are drawn, or the model changes its own buffers"
@@ -229,10 +228,7 @@ def plan_sweep(
 
     Raises: what the body raises, with the name of its cell; TraceError.
     """
-    if mode not in MODES:
-        raise TraceError(f"no mode {mode!r}; one of {', '.join(MODES)}")
-    if budget is not None and not (type(budget) is int and budget > 0):
-        raise TraceError(f"budget={budget!r}: a number of bytes, for example budget=256 * 2**20")
+    check_options(mode, budget)
     if here().session is not None:
         raise TraceError("a sweep inside a session: it runs at once; write it before or after")
     both = {name: _axis(name, given) for name, given in axes.items()}
