@@ -6,7 +6,9 @@ Seen working on torch 2.11 to 2.13. Nothing else in the package may import a pri
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -236,14 +238,113 @@ def compile_graph(module: torch.fx.GraphModule, example: list[Any]) -> Callable[
     Reason: ``torch.compile`` would capture the graph a second time with Dynamo and guard every call; this is the entry
     point below it (2.8+; ``aot`` 2.10+). Nothing is imported from Inductor before the first call. What ``aot`` makes is
     whole in itself; without, it is an entry of a cache, and read back as any entry of its name, whatever its guards.
+
+    Inductor tries each vector instruction set of the processor with a program of its own, for seconds. It is told that
+    they work (``cpp.vec_isa_ok``), since the graph's own kernels show it as well: they are compiled with the same
+    options and loaded. Where they fail, all is forgotten, and it tries for itself.
     """
+    from torch._inductor import config
+
+    options: dict[str, Any] = {"fallback_random": True}
+    if config.cpp.vec_isa_ok is None:
+        try:
+            return _compile_with(module, example, {**options, "cpp.vec_isa_ok": True})
+        except Exception:  # what a compiler or a dynamic linker refuse comes in many classes
+            _forget_vector_instructions()
+    return _compile_with(module, example, options)
+
+
+def _compile_with(module: torch.fx.GraphModule, example: list[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor import standalone_compile
 
-    options = {"config_patches": {"fallback_random": True}}
+    options = {"config_patches": patches}
     compiled: Callable[..., Any] = standalone_compile(
         module, example, dynamic_shapes="from_graph", options=options, aot=True
     )
     return compiled
+
+
+def _forget_vector_instructions() -> None:
+    """Let Inductor find out anew which vector instruction sets work."""
+    from torch._inductor import cpu_vec_isa
+
+    remembered = [cpu_vec_isa.valid_vec_isa_list, *(type(isa).__bool__ for isa in cpu_vec_isa.supported_vec_isa_list)]
+    for function in remembered:
+        clear = getattr(function, "cache_clear", None)
+        if clear is not None:
+            clear()
+
+
+def plain_code(compiled: Any) -> tuple[str, dict[str, str]] | None:
+    """The Python that Inductor has written for a graph, and the files of the kernels in it, by name.
+
+    None where something else is needed to call it: inputs that are changed, results that share memory with inputs,
+    constants, devices other than the processor; and where this is not how torch keeps what it has compiled.
+
+    Reason: nothing public says what a compiled artifact consists of (2.10+).
+    """
+    try:
+        from torch._inductor.codecache import PyCodeCache
+
+        entry = compiled.inner_fn.compiled_fn.serialize()
+        told, inner = entry.runtime_metadata, entry.compiled_fw.result
+        is_plain = (
+            entry.compiled_bw is None
+            and set(inner.device_types) == {"cpu"}
+            and not any((inner.constants, inner.torchbind_constants, inner.frozen_param_names, inner.partition_maps))
+            and not any((inner.mutated_input_idxs, inner.inputs_to_check, entry.indices_of_inps_to_detach))
+            and not any((told.mutated_inp_runtime_indices, told.tokens, told.num_intermediate_bases))
+            and not torch.is_autocast_enabled("cpu")
+            and entry.maybe_subclass_meta is None
+            and all(result.output_type.name in ("non_alias", "unsafe_view_alias") for result in told.output_info)
+        )
+        if not is_plain:
+            return None
+        module = next(m for m in reversed(PyCodeCache.modules) if getattr(m, "key", None) == inner.cache_key)
+        found = {name: value for name, value in vars(module).items() if getattr(value, "__name__", "") == "kernel"}
+        return inner.source_code, {name: str(kernel.__self__.__file__) for name, kernel in found.items()}
+    except (AttributeError, ImportError, StopIteration):
+        return None
+
+
+def load_kernel(name: str, path: str) -> Callable[..., Any]:
+    """The function in a shared library that Inductor's C++ compiler made, under a name of its own.
+
+    Reason: these libraries look for the address of one of torch's functions in the environment (2.1+).
+
+    Raises: ImportError for a library that cannot be loaded; it runs code in it.
+    """
+    guards: Any = getattr(torch._C, "_dynamo").guards  # noqa: B009
+    os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(guards._torchinductor_pyobject_tensor_data_ptr)
+    spec = importlib.util.spec_from_file_location(f"{name}.kernel", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no shared library {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernel: Callable[..., Any] = module.kernel
+    return kernel
+
+
+def memory_functions() -> dict[str, Any]:
+    """What the Python that Inductor writes calls to allocate, view and check tensors, by the names it has there.
+
+    Reason: they are fast doubles of public functions, without public names (2.1+; ``assert_alignment`` 2.8+).
+    """
+    guards: Any = getattr(torch._C, "_dynamo").guards  # noqa: B009
+    names = {
+        "assert_size_stride": "assert_size_stride",
+        "assert_alignment": "assert_alignment",
+        "empty_strided_cpu": "_empty_strided_cpu",
+        "reinterpret_tensor": "_reinterpret_tensor",
+    }
+    return {name: getattr(guards, own) for name, own in names.items() if hasattr(guards, own)}
+
+
+def is_own_kernel(name: str) -> bool:
+    """Whether what Inductor calls ``extern_kernels.NAME`` is ``torch.NAME`` itself.  Imports Inductor."""
+    from torch._inductor.select_algorithm import extern_kernels
+
+    return getattr(extern_kernels, name, None) is getattr(torch, name, NotImplemented)
 
 
 def save_compiled(compiled: Any, path: str) -> None:

@@ -1,7 +1,7 @@
 """Compiled regions by their canonical text: made once, kept in memory and on disk.
 
     FXSIGHT_CACHE_DIR/compiled, else in the platform's cache folder
-    └── 77aa…-02fe….region      text and environment, contents; a line of JSON, and what Inductor compiled
+    └── 77aa…-02fe….region      text and environment, contents; a line of JSON, and what Inductor compiled (``kernels``)
 
 A file holds for one canonical text in one ``environment``: versions, settings of the compiler, processor. One that is
 damaged, foreign or refused by torch is removed, and the region compiled again. Unlike a captured program a file of
@@ -30,9 +30,10 @@ from fxsight.effects import is_random
 from fxsight.fakes import Fakes, propagate
 from fxsight.folder import Folder, cache_folder, digest, remove
 from fxsight.identity import library_versions
+from fxsight.kernels import Parts, put_together, take_apart
 from fxsight.spec import Spec, TensorSpec, contiguous_stride, parse_expr
 
-FORMAT = 3
+FORMAT = 4
 KEPT = 256  # artifacts in memory
 _CATS = (torch.ops.aten.cat.default, torch.cat)
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -92,24 +93,16 @@ class Artifacts:
         if not has_tensors or any(map(is_random, region.graph.nodes)):
             # Sizes, or a buffer's update: nothing to fuse. Random numbers: Inductor keeps no order among draws.
             return Artifact(module.forward, results, fakes.guards())
-        found = Artifact(self._compiler(module, example), results, fakes.guards())
+        compiled = self._compiler(module, example)
+        parts = take_apart(compiled)
+        found = Artifact(compiled if parts is None else put_together(parts), results, fakes.guards())
         self.made += 1
-        if self._files is not None:
-            self._keep(self._files, region, found)
+        data = None if self._files is None else _written(compiled) if parts is None else parts.to_bytes()
+        if self._files is not None and data is not None:
+            told = {"results": [write_spec(spec) for spec in results], "guards": [str(g) for g in found.guards]}
+            header = {**_identity(region), **told, "parts": parts is not None}
+            self._files.write(_name(region), json.dumps(header).encode() + b"\n" + data)
         return found
-
-    def _keep(self, files: Folder, region: Canonical, made: Artifact) -> None:
-        """Write a file; nothing, without a word, of what torch cannot write."""
-        told = {"results": [write_spec(spec) for spec in made.results], "guards": [str(g) for g in made.guards]}
-        header = {**_identity(region), **told}
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "compiled"
-                _torch.save_compiled(made.call, str(path))
-                data = path.read_bytes()
-        except (RuntimeError, AttributeError, OSError):
-            return
-        files.write(_name(region), json.dumps(header).encode() + b"\n" + data)
 
     def _load(self, region: Canonical) -> Artifact | None:
         for path, data in () if self._files is None else self._files.read(_name(region)):
@@ -171,6 +164,17 @@ def _with_methods(graph: fx.Graph) -> fx.Graph:
     return new
 
 
+def _written(compiled: Any) -> bytes | None:
+    """What torch writes of a compiled region; None where it cannot."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "compiled"
+            _torch.save_compiled(compiled, str(path))
+            return path.read_bytes()
+    except (RuntimeError, AttributeError, OSError):
+        return None
+
+
 def _decode(data: bytes, region: Canonical) -> Artifact:
     """The artifact in a file.
 
@@ -182,6 +186,8 @@ def _decode(data: bytes, region: Canonical) -> Artifact:
         raise ValueError("the artifact of another region")
     results = tuple(map(read_spec, header["results"]))
     guards = tuple(parse_expr(ast.parse(text, mode="eval").body) for text in header["guards"])
+    if header["parts"]:
+        return Artifact(put_together(Parts.from_bytes(compiled)), results, guards)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "compiled"
         path.write_bytes(compiled)
