@@ -85,7 +85,7 @@ def _alike(captures: Captures, members: Mapping[int, Written], tried: Known, mod
     program = whole = cell_pass(lifted(cells[0].asked, which))(captured)
     constants = constants_of(cells)
     found = best_stride(whole, captured, varying_constants(constants), sizes) if mode == "fast" else None
-    if found is None:
+    if found is None and captures.shared.narrow:
         program = narrow_exactly(whole, sizes, captures.weight, tried)
     return Alike(whole, program, tuple(members), constants, sizes, found)
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxsight.gradient import backward, gradient
+from fxsight.layout import minds_layout
 from fxsight.node import binding_of, is_tensor, tensor_spec
 from fxsight.passes.narrow_reads import Move, NarrowReads, is_view, moves, needs_layout, row_arguments
 from fxsight.program import Program
@@ -37,23 +38,26 @@ def narrowing(program: Program, sizes: Sizes, weight: Callable[[str], Any], know
     """The pass that does so; None where nothing is left to narrow. Where gradients flow, they have the same bits, too.
 
     With the fewest rows for which all do (matrix products of few rows have kernels of their own); where there are none,
-    without the operators that do not. With backward passes one row: sizes such as ``Min(4, length)`` take too long.
+    without the operators that do not. With backward passes one row: sizes such as ``Min(4, length)`` take too long;
+    there it is the readers who must not mind how rows lie (``minds_layout``).
     """
-    choices = (1,) if any(n.target is backward for n in program.graph.nodes) else ROWS
-    but = added_up(program.graph)
-    found = moves(program.graph, NarrowReads(but=but))
+    is_joint = any(n.target is backward for n in program.graph.nodes)
+    asked = NarrowReads(1, added_up(program.graph), layout=not is_joint)
+    found = moves(program.graph, asked)
+    while is_joint and (bad := tuple(m.node for m in found if minds_layout(program.nodes[m.node], found))):
+        asked = replace(asked, but=asked.but + bad)
+        found = moves(program.graph, asked)
     if all(is_view(program.nodes[move.node]) for move in found):
         return None  # nothing is computed
-    wrong: tuple[str, ...] = ()
+    choices, wholes = (1,) if is_joint else ROWS, dict[str, torch.Tensor]()
     for rows in choices:
-        wrong = _wrong(program, found, rows, sizes, weight, known)
-        if not wrong:
-            return NarrowReads(rows, but)
-    while wrong:
-        but += wrong
-        found = moves(program.graph, NarrowReads(but=but))
-        wrong = _wrong(program, found, choices[-1], sizes, weight, known)
-    return NarrowReads(choices[-1], but) if found else None
+        asked = replace(asked, rows=rows)
+        if not _wrong(program, found, rows, sizes, weight, known, wholes):
+            return asked
+    while wrong := _wrong(program, found, asked.rows, sizes, weight, known, wholes):
+        asked = replace(asked, but=asked.but + wrong)
+        found = moves(program.graph, asked)
+    return asked if found else None
 
 
 def is_exact(program: Program, asked: NarrowReads, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> bool:
@@ -92,21 +96,37 @@ def _adds_up(node: fx.Node, flows: set[fx.Node]) -> bool:
 
 
 def _wrong(
-    program: Program, found: Sequence[Move], rows: int, sizes: Sizes, weight: Callable[[str], Any], known: Known
+    program: Program,
+    found: Sequence[Move],
+    rows: int,
+    sizes: Sizes,
+    weight: Callable[[str], Any],
+    known: Known,
+    wholes: dict[str, torch.Tensor] | None = None,
 ) -> tuple[str, ...]:
-    """The operators that give other bits when so many rows are kept."""
-    kept = (replace(move, rows=max(rows, move.rows)) for move in found)
-    return tuple(m.node for m in kept if not same_bits(program.nodes[m.node], m, sizes, weight, known))
+    """The operators that give other bits when so many rows are kept.
+
+    wholes: results that have been computed; filled.
+    """
+    kept, wholes = [replace(move, rows=max(rows, move.rows)) for move in found], {} if wholes is None else wholes
+    return tuple(m.node for m in kept if not same_bits(program.nodes[m.node], m, sizes, weight, known, wholes))
 
 
-def same_bits(node: fx.Node, move: Move, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> bool:
+def same_bits(
+    node: fx.Node,
+    move: Move,
+    sizes: Sizes,
+    weight: Callable[[str], Any],
+    known: Known,
+    wholes: dict[str, torch.Tensor],
+) -> bool:
     """Whether the operator on the rows that are kept gives the bits that they have in the whole."""
     if any(isinstance(a.meta.get("spec"), SizeSpec) for a in node.all_input_nodes):
         return False
     flows = node in differentiated(node.graph)
     key = (node.target, _about(node, sizes), move.dim, move.start, move.end, torch.get_num_threads(), flows)
     if key not in known:
-        known[key] = _try(node, move, sizes, weight, flows)
+        known[key] = _try(node, move, sizes, weight, flows, wholes)
     return known[key]
 
 
@@ -121,7 +141,14 @@ def _kind(node: fx.Node, sizes: Sizes) -> Any:
     return spec.dtype, spec.shape, spec.stride, spec.device
 
 
-def _try(node: fx.Node, move: Move, sizes: Sizes, weight: Callable[[str], Any], flows: bool) -> bool:
+def _try(
+    node: fx.Node,
+    move: Move,
+    sizes: Sizes,
+    weight: Callable[[str], Any],
+    flows: bool,
+    wholes: dict[str, torch.Tensor],
+) -> bool:
     generator = torch.Generator().manual_seed(0)
     values = {a: _value(a, sizes, weight, generator) for a in node.all_input_nodes}
     rank = len(tensor_spec(node).shape)
@@ -132,8 +159,9 @@ def _try(node: fx.Node, move: Move, sizes: Sizes, weight: Callable[[str], Any], 
     if flows:
         return _try_gradients(node, move, values, parts, [a for a in rows if values[a].dtype.is_floating_point])
     with torch.no_grad():
-        whole, part = (_call(node, given) for given in (values, parts))
-    return torch.equal(_rows_of(whole, move.dim, move), part)
+        if node.name not in wholes:
+            wholes[node.name] = _call(node, values)
+        return torch.equal(_rows_of(wholes[node.name], move.dim, move), _call(node, parts))
 
 
 def _try_gradients(

@@ -27,6 +27,7 @@ from fxsight.capture import capture_all
 from fxsight.collector import waiting
 from fxsight.context import open_trace
 from fxsight.errors import InputError
+from fxsight.fewer import Fewer
 from fxsight.intervention import Intervention
 from fxsight.known import Step
 from fxsight.lower import Tier
@@ -69,9 +70,14 @@ class Found:
 
 @dataclass
 class Now:
-    """What all methods of a model share: how many captures were made here, and the further names of its modules."""
+    """What all methods of a model share.
+
+    made: captures made here.  aliases: further names of its modules.  narrow: whether rows that nobody reads are left
+    out.
+    """
 
     made: int = 0
+    narrow: bool = True
     aliases: Aliases = field(default_factory=Aliases)
 
 
@@ -244,7 +250,7 @@ class Captures:
                     return self._with_gradients(program, wanted, constants, joint)
                 narrow = NarrowReads() if tier == "inductor" else None
                 finished = pipeline_for(wanted, joint=joint, narrow=narrow)(program)
-                return self._executable(finished, wanted, constants, tier)
+                return self._executable(finished, wanted, constants, tier, fewer=self._fewer(finished, wanted, tier))
 
             with waiting():
                 found = self._served.find((id(program), tier), asked, make) if joint is None else make(asked)
@@ -264,12 +270,22 @@ class Captures:
             return self._executable(finished, asked, constants, "eager")
 
         woven = woven_pass(asked)(program)
-        narrow = narrowing(woven, joint.sizes, self.weight, self._tried)
+        narrow = narrowing(woven, joint.sizes, self.weight, self._tried) if self.shared.narrow else None
         if narrow is None:
             return whole(joint.sizes)
         finished = pipeline_for(asked, joint=joint, narrow=narrow)(program)
         narrowed = Narrowed(woven, narrow, partial(bind_sizes, program), self.weight, whole, self._tried)
         return self._executable(finished, asked, constants, "eager", narrowed=narrowed)
+
+    def _fewer(self, finished: Program, asked: Intervention, tier: Tier) -> Fewer | None:
+        """How a finished program without gradients computes what is read, from its second run on."""
+        if tier != "eager" or not self.shared.narrow:
+            return None
+
+        def make(program: Program) -> Executable:
+            return self._executable(program, asked, [], tier)
+
+        return Fewer(finished, partial(bind_sizes, finished), self.weight, make, self._tried)
 
     def _executable(
         self,
@@ -279,10 +295,11 @@ class Captures:
         tier: Tier,
         keeps: bool = True,
         narrowed: Narrowed | None = None,
+        fewer: Fewer | None = None,
     ) -> Executable:
         fixed, is_joint, module = dict(asked.sizes), bool(asked.backwards), self.module
         return Executable(
-            finished, module, constants, tier, fixed, self.artifacts, self.lock, is_joint, keeps, narrowed
+            finished, module, constants, tier, fixed, self.artifacts, self.lock, is_joint, keeps, narrowed, fewer
         )
 
     def opened(self, program: Program, address: Address) -> Program:

@@ -63,8 +63,8 @@ class LanguageModel(Model):
     dispatch: load the weights now.
     automodel: a class with ``from_pretrained``, or the name of one in ``transformers``; None for the one of causal,
     sequence-to-sequence, image-text and masked language models that the model was saved as.
-    options: ``views`` and ``methods`` of ``Model``; all others are arguments of ``from_pretrained`` (``revision``,
-    ``dtype``, ``device_map``, ``attn_implementation``, ``quantization_config``, ...).
+    options: ``views``, ``methods`` and ``narrow`` of ``Model``; all others are arguments of ``from_pretrained``
+    (``revision``, ``dtype``, ``device_map``, ``attn_implementation``, ``quantization_config``, ...).
     import_edits: the name of edits to begin with (``export_edits``); True for those with the model's own name.
 
     A prompt is a text, a list of texts, token ids (a list, nested or not, or a tensor), or what a tokenizer returns.
@@ -88,7 +88,7 @@ class LanguageModel(Model):
         automodel: Any = None,
         **options: Any,
     ) -> None:
-        own = {name: options.pop(name) for name in ("views", "methods") if name in options}
+        own = {name: options.pop(name) for name in ("views", "methods", "narrow") if name in options}
         if isinstance(model, nn.Module):
             if options or automodel is not None:
                 names = ", ".join([*options, *(["automodel"] if automodel is not None else [])])

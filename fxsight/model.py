@@ -58,6 +58,7 @@ class Model(View):
     views: a subclass of ``View`` for all modules, or one for each class of modules or end of a path,
     ``{nn.Linear: MyView, "attn": Heads}``; a class comes before a path, the nearest base and the longest path first.
     methods: names of methods whose call is a block, ``with model.encode(x):``; see ``methods``.
+    narrow: whether rows that nobody reads are left out, op by op, where the bits stay the same; see ``fewer``.
 
     Raises: RenameError; TypeError for what is no module or no View.
     """
@@ -70,6 +71,7 @@ class Model(View):
         rename: Rename | None = None,
         views: Views | None = None,
         methods: Iterable[str] = (),
+        narrow: bool = True,
     ) -> None:
         given: Any = module
         if not isinstance(given, nn.Module):
@@ -77,8 +79,10 @@ class Model(View):
         super().__init__(None, module, "")
         own = self.__dict__
         own["_options"] = {"cache": cache, "rename": rename or {}, "views": views or {}, "methods": tuple(methods)}
+        own["_options"]["narrow"] = narrow
         artifacts = Artifacts.on_disk() if cache else Artifacts()
         own["_captures"] = Captures(module, Store() if cache else None, artifacts)
+        self._captures.shared.narrow = narrow
         own["_inputs"], own["_paths"], own["_methods"], own["_aliases"] = PLAIN, {}, {}, Aliases()
         own["_edits"] = Edits()
         _check_views(views.values() if isinstance(views, Mapping) else (views,))

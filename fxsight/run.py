@@ -14,6 +14,7 @@ from fxsight.accumulate import apart, fill, without_leaves
 from fxsight.artifacts import Artifacts
 from fxsight.custom import custom_nodes, lost_results, refuse_backward
 from fxsight.errors import InputError, TraceError
+from fxsight.fewer import Fewer
 from fxsight.functional import Functional
 from fxsight.leave import Leaving
 from fxsight.lower import Lowering, Tier, keeping
@@ -34,7 +35,8 @@ class Executable:
     ``lower.TOLERANCE``. lock: held while the weights are looked up; another thread may be capturing the module.
     is_joint: whether gradients are computed in it: then nothing of its run is kept for others.
     keeps: whether the last results are the caches that the call is given, as it leaves them.
-    narrowed: what runs instead where this program would give other bits.
+    narrowed: what runs instead where this program would give other bits.  fewer: what computes fewer rows and gives the
+    same bits; runs where nothing requires gradients, which reach all rows.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Executable:
         is_joint: bool = False,
         keeps: bool = False,
         narrowed: Narrowed | None = None,
+        fewer: Fewer | None = None,
     ) -> None:
-        self.program, self.module, self._narrowed = program, module, narrowed
+        self.program, self.module, self._narrowed, self._fewer = program, module, narrowed, fewer
         self.constants = list(constants)
         self.decided = False
         self._numbers: tuple[int | float, ...] = ()
@@ -186,6 +189,10 @@ class Executable:
             found: Sequence[Any] = whole.run(leaves, constants, call)
             return found
         arguments = self._arguments(leaves, constants, prepared)
+        fewer = None if self._fewer is None else self._fewer.instead(leaves)
+        if fewer is not None and not (torch.is_grad_enabled() and any(map(_learns, arguments))):
+            same: Sequence[Any] = fewer.run(leaves, [*constants, *self._numbers], call)
+            return same
         if self._is_joint:
             with apart():
                 results = list(self._lowering(arguments))
@@ -233,6 +240,10 @@ class Executable:
         return self.program.text
 
     __repr__ = __str__
+
+
+def _learns(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
 def _call_text(inputs: Tree, leaves: Iterable[str]) -> str:

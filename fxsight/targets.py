@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -15,8 +15,11 @@ from fxsight.errors import TextError
 from fxsight.functions import ATTRIBUTES, find_function, function_name
 from fxsight.gradient import FUNCTIONS
 from fxsight.mutate import mutate
+from fxsight.spread import spread
 
 Target = Callable[..., Any]
+
+_OWN: Mapping[str, Target] = {"mutate": mutate, "spread": spread}
 
 
 def target_name(target: Any) -> str:
@@ -24,8 +27,8 @@ def target_name(target: Any) -> str:
 
     Raises: TextError for a function that a program may not contain.
     """
-    if target is mutate:
-        return "mutate"
+    if target in _OWN.values():
+        return str(target.__name__)
     name = str(getattr(target, "__name__", ""))
     return name if FUNCTIONS.get(name) is target else function_name(target)
 
@@ -35,7 +38,7 @@ def find_target(name: str) -> Target:
 
     Raises: TextError when there is none, or when a program may not call it.
     """
-    return mutate if name == "mutate" else FUNCTIONS.get(name) or find_function(name)
+    return _OWN.get(name) or FUNCTIONS.get(name) or find_function(name)
 
 
 def check_call(target: Any, args: Any) -> None:

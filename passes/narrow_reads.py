@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from fxsight.effects import is_random, mutated_storages, storages
 from fxsight.node import is_tensor, output_node, tensor_spec
 from fxsight.rewrite import Pass
 from fxsight.spec import Dim, SizeSpec, contiguous_stride
+from fxsight.spread import spread
 
 aten = torch.ops.aten
 _alias = aten.alias.default
@@ -68,6 +69,7 @@ class NarrowReads(Pass):
         last = torch.Tensor.__getitem__(logits, (slice(None), -1))    # f32[batch, 96]
 
     rows: how many rows are kept at least; they end with the one that is read.  but: nodes that keep all their rows.
+    layout: whether readers see the strides of the whole: ``spread(logits, x, -2, -1, END)`` is what they read then.
 
     Safe: these operators make each row of their result from the same row of their arguments; memory that anything
     changes in place, and operators that draw random numbers, are left alone. The formula is the same, but a kernel may
@@ -76,11 +78,19 @@ class NarrowReads(Pass):
 
     rows: int = 1
     but: tuple[str, ...] = field(default=(), repr=False)
+    layout: bool = field(default=False, repr=False)
 
     def rewrite(self, editor: Editor) -> None:
-        """Find what moves, then move it, the last operator first."""
-        for move in moves(editor.graph, self):
-            _narrow(editor, editor.nodes[move.node], move)
+        """Find what moves, then move it, the last operator first; all else stays where it is."""
+        found = moves(editor.graph, self)
+        moved = {editor.nodes[move.node] for move in found}
+        readers = {node: [user for user in node.users if user not in moved] for node in moved if self.layout}
+        editor.keeps_order = bool(found)
+        for move in found:
+            node = editor.nodes[move.node]
+            if readers.get(node):
+                _spread(editor, node, move, moved, readers[node])
+            _narrow(editor, node, move)
 
 
 def moves(graph: fx.Graph, asked: NarrowReads) -> list[Move]:
@@ -93,7 +103,9 @@ def moves(graph: fx.Graph, asked: NarrowReads) -> list[Move]:
         if node in saved or node.name in asked.but or not node.users or not is_tensor(node) or is_random(node):
             continue
         move = _move_of(node, asked.rows, found)
-        if move is not None and not storages(node).union(*map(storages, node.all_input_nodes)) & changed:
+        if move is None or (asked.layout and not _fits(node, found)):
+            continue
+        if not storages(node).union(*map(storages, node.all_input_nodes)) & changed:
             found[node] = move
     return list(found.values())
 
@@ -111,6 +123,11 @@ def _move_of(node: fx.Node, rows: int, found: Mapping[fx.Node, Move]) -> Move | 
             size = tensor_spec(node).shape[dim]
             return None if _kept(size, move) == size else move
     return None
+
+
+def _fits(node: fx.Node, found: Mapping[fx.Node, Move]) -> bool:
+    """Whether ``spread`` gives readers the strides of the whole: it is row-major, or all that read it move."""
+    return tensor_spec(node).contiguous or all(user in found for user in node.users)
 
 
 # -- what is read ----------------------------------------------------------------------------------------------------
@@ -236,8 +253,18 @@ def _narrow(editor: Editor, node: fx.Node, move: Move) -> None:
         editor.replace(source, part, [node])
     shape = (*spec.shape[: move.dim], kept, *spec.shape[move.dim + 1 :])
     node.meta["spec"] = replace(spec, shape=shape, stride=contiguous_stride(shape))
-    for user in list(node.users):
+    for user in (user for user in list(node.users) if user.target is not spread):
         _read_last(user, move.dim, _rank(node))
+
+
+def _spread(editor: Editor, node: fx.Node, move: Move, moved: set[fx.Node], readers: Sequence[fx.Node]) -> None:
+    """Let those who read the rows read them in memory of the whole's strides."""
+    whole, dim = node, move.dim - _rank(node)
+    while whole in moved:
+        whole = row_arguments(whole, dim % _rank(whole))[0]
+    args = (node, whole, dim, move.start, move.end)
+    made = editor.call(spread, args, spec=node.meta["spec"], name="spread", like=node, after=node)
+    editor.replace(node, made, readers)
 
 
 def _read_last(user: fx.Node, dim: int, rank: int) -> None:

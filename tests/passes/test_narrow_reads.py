@@ -39,6 +39,21 @@ def test_the_last_row_is_taken_first() -> None:
     ]
 
 
+def test_readers_see_the_strides_of_the_whole() -> None:
+    program = program_of(LAST)
+    result = check_pass(NarrowReads(layout=True), program, tolerance=1e-5)
+    assert listing(result).splitlines()[6:] == [
+        "logits = aten.linear.default(rows, w)",
+        "spread = spread(logits, x, -2, -1, 9223372036854775807)",
+        "last = torch.Tensor.__getitem__(spread, (slice(None, None, None), -1, 3))",
+        "other = torch.Tensor.__getitem__(spread, (..., -1, slice(2, 5, None)))",
+        "return (last, other,)",
+    ]
+    leaves = [torch.randn(3, 5, 8)]
+    for found, expected in zip(run(result, leaves), run(program, leaves), strict=True):
+        assert found.stride() == expected.stride()
+
+
 def test_what_is_moved_is_told() -> None:
     program = program_of(LAST).graph
     assert moves(program, NarrowReads()) == [Move(name, 1, -1, 1) for name in ("logits", "half", "norm")]
