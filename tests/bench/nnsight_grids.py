@@ -87,6 +87,38 @@ def w21(size: str, quick: bool) -> Job:
     return _job(model, task, edit, range(task.layers), range(model.config.n_head))
 
 
+def w21_invokes(size: str, quick: bool) -> Job:
+    """The same as invokes of one trace, which run as one batch."""
+    net: Any = models.MODELS[size]()
+    model, task = _batching()(net), Task.of(net, False)
+    each, cells = net.config.n_embd // net.config.n_head, list(product(range(task.layers), range(net.config.n_head)))
+
+    def job() -> list[Tensor]:
+        with model.trace() as tracer:
+            found = nnsight.save([])
+            for layer, head in cells:
+                with tracer.invoke(task.corrupted):
+                    model.transformer.h[layer].attn.c_proj.input[..., head * each : (head + 1) * each] = 0
+                    found.append(task.metric(model.output.logits))
+        return [torch.stack(list(found))]
+
+    return job
+
+
+def _batching() -> Any:
+    """What nnsight asks of a model whose inputs are tensors with rows, to batch invokes."""
+
+    class Batching(nnsight.NNsight):  # type: ignore[misc]
+        def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
+            return len(inputs[0]) if inputs else 0
+
+        def _batch(self, invokes: list[Any], fn: Any) -> tuple[Any, Any]:
+            return (torch.cat([inputs[0] for inputs, _ in invokes]),), {}
+
+    return Batching
+
+
 JOBS: Mapping[str, Callable[[bool], Job]] = {
     f"{make.__name__} {size}": partial(make, size) for make in (w2, w3, w21) for size in SIZES
 }
+JOBS = {**JOBS, **{f"w21 {size} invokes": partial(w21_invokes, size) for size in SIZES}}
