@@ -12,7 +12,7 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -126,8 +126,18 @@ def _parse(text: str) -> tuple[ast.FunctionDef, dict[int, str]]:
         raise TextError(f"line {error.lineno}: {error.msg}") from None
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
         raise TextError("line 1: a program is one function definition")
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return tree.body[0], {t.start[0]: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
+    return tree.body[0], dict(_notes(text))
+
+
+_STRING_OR_COMMENT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|#.*""")
+
+
+def _notes(text: str) -> Iterator[tuple[int, str]]:
+    """The comment of each line that has one."""
+    for number, line in enumerate(text.split("\n"), 1):
+        found = _STRING_OR_COMMENT.findall(line) if "#" in line else []
+        if found and found[-1].startswith("#"):
+            yield number, found[-1][1:].strip()
 
 
 def _structure(text: str) -> tuple[Tree, list[Any]]:
@@ -191,7 +201,7 @@ class _Reader:
     def _statement(self, graph: fx.Graph, statement: ast.stmt) -> None:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call):
-                target, (args, kwargs) = find_target(ast.unparse(call.func)), self.arguments(call)
+                target, (args, kwargs) = find_target(_dotted(call.func)), self.arguments(call)
                 check_call(target, args)
                 node = graph.create_node("call_function", target, args, kwargs, name)
                 self._add(node, name, statement.lineno)
@@ -232,8 +242,20 @@ class _Reader:
                 return _literal(node)
 
 
+def _dotted(function: ast.expr) -> str:
+    """The name of a function as it is written."""
+    steps: list[str] = []
+    inner = function
+    while isinstance(inner, ast.Attribute):
+        steps.append(inner.attr)
+        inner = inner.value
+    return ".".join([inner.id, *reversed(steps)]) if isinstance(inner, ast.Name) else ast.unparse(function)
+
+
 def _literal(node: ast.expr) -> Any:
     match node:
+        case ast.Constant(value=value):
+            return value
         case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str() as text)]):
             return float(text)
         case ast.Call(
@@ -274,13 +296,27 @@ def _read_note(note: str, name: str, line: int) -> dict[str, Any]:
     match = _NOTE.match(note)
     if match is None:
         raise TextError(f"line {line}: cannot read the note {note!r}; write for example '# f32[batch, 64]'")
-    extras: dict[str, Any] = {}
-    if match["extras"]:
-        call = ast.parse(f"dict({match['extras']})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        extras = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    extras = _extras(match["extras"] or "")
     origin = {key: extras[key] for key in vars(Origin()) if key in extras}
     return {"spec": _spec(match["spec"], extras, name), "origin": Origin(**origin)}
+
+
+_EXTRA = re.compile(r"(\w+)=(?:(0|[1-9]\d*)|'([^'\\]*)')(?:, |$)")
+
+
+def _extras(text: str) -> dict[str, Any]:
+    """``call=4, line='gpt2.py:8'`` as a dictionary: most are numbers and plain text."""
+    extras: dict[str, Any] = {}
+    at = 0
+    while at < len(text):
+        match = _EXTRA.match(text, at)
+        if match is None:
+            call = ast.parse(f"dict({text})", mode="eval").body
+            assert isinstance(call, ast.Call)
+            return {k.arg: _literal(k.value) for k in call.keywords if k.arg}
+        extras[match[1]] = match[3] if match[2] is None else int(match[2])
+        at = match.end()
+    return extras
 
 
 def _spec(text: str, extras: Mapping[str, Any], name: str) -> Spec:

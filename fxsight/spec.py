@@ -94,11 +94,22 @@ Spec = TensorSpec | SizeSpec | tuple["Spec", ...] | None
 def contiguous_stride(shape: Sequence[Dim]) -> tuple[Dim, ...]:
     """Row-major strides, in elements (``torch.empty(shape).stride()``; sizes of 0 and 1 count as 1)."""
     strides: list[Dim] = []
-    step: Dim = 1
+    known, free = 1, dict[Any, int]()
     for dim in reversed(shape):
-        strides.append(step)
-        step = step * (max(dim, 1) if isinstance(dim, int) else dim)
+        strides.append(_product(known, free))
+        if isinstance(dim, int):
+            known *= max(dim, 1)
+        else:
+            free[dim] = free.get(dim, 0) + 1
     return tuple(reversed(strides))
+
+
+def _product(known: int, powers: Mapping[Any, int]) -> Dim:
+    """A number times powers of sizes: ``n**2`` as one factor, since sympy imports much to find it in ``n * n``."""
+    found: Any = known
+    for size, power in powers.items():
+        found = found * (size if power == 1 else size**power)
+    return found  # type: ignore[no-any-return]
 
 
 def symbol(name: str) -> sympy.Symbol:
@@ -222,8 +233,14 @@ def parse_expr(node: ast.expr) -> Any:
         case ast.UnaryOp(op=ast.Invert()):
             return sympy.Not(parse_expr(node.operand))
         case ast.Compare(ops=[op], comparators=[right]):
-            return _OPERATORS[type(op)](parse_expr(node.left), parse_expr(right))
+            return _relation(_OPERATORS[type(op)], parse_expr(node.left), parse_expr(right))
         case ast.Call(func=ast.Name(id=name), keywords=[]) if name in _torch.SIZE_FUNCTIONS:
             return _torch.SIZE_FUNCTIONS[name](*map(parse_expr, node.args))
         case _:
             raise TextError(f"not a size: {ast.unparse(node)!r}")
+
+
+def _relation(kind: Any, left: Any, right: Any) -> Any:
+    """A comparison; of a size with a positive number nothing is known, and sympy imports much to find that out."""
+    is_open = left.is_Symbol and right.is_Integer and right > 0
+    return kind(left, right, evaluate=False) if is_open else kind(left, right)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 import pytest
 import sympy
@@ -80,6 +81,29 @@ def test_rare_dtypes_have_torch_s_own_name() -> None:
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 0, 3), (1, 1), (2, 3, 4, 5)])
 def test_contiguous_stride_is_torch_s(shape: tuple[int, ...]) -> None:
     assert contiguous_stride(shape) == torch.empty(shape).stride()
+
+
+def test_strides_of_free_sizes_are_products() -> None:
+    """Written as sympy itself would have multiplied them."""
+    for shape in ((2, BATCH, LENGTH, LENGTH), (LENGTH, 64, LENGTH, 3), (2 * LENGTH, LENGTH + 1, LENGTH + 1, LENGTH)):
+        step: Any = 1
+        expected: list[Any] = []
+        for dim in reversed(shape):
+            expected.append(step)
+            step = step * dim
+        assert contiguous_stride(shape) == tuple(reversed(expected))
+
+
+@pytest.mark.parametrize("kind", [sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.Eq, sympy.Ne])
+@pytest.mark.parametrize("bound", [0, 1, 3, LENGTH])
+def test_a_condition_is_read_as_sympy_makes_it(kind: Any, bound: Any) -> None:
+    """That on one size and a number is not looked into: all it could find out is known."""
+    made = kind(BATCH, bound)
+    read = parse_expr(ast.parse(str(made), mode="eval").body)
+    assert read == made
+    for batch in range(5):
+        sizes = {BATCH: batch, LENGTH: 2}
+        assert bool(read.xreplace(sizes)) == bool(kind(sympy.Integer(batch), sympy.sympify(bound).xreplace(sizes)))
 
 
 def test_at_puts_numbers_for_names() -> None:

@@ -22,8 +22,10 @@ import fxsight
 from fxsight.errors import TextError
 from fxsight.functions import find_function, function_name
 from fxsight.lower import eager
+from fxsight.node import origin_of
 from fxsight.parse import parse_program
 from fxsight.program import Program
+from fxsight.testing import program_of
 from fxsight.verify import verify
 from tests.zoo import tiny_transformer, token_ids
 
@@ -407,3 +409,29 @@ def test_damaged_headers_are_text_errors() -> None:
     )
     wrong = [found for _ in range(600) if (found := _survives(_mutated(text, rng)))]
     assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+NOTED = """
+    x: 'input 0'  # f32[batch, 4]
+    made = torch.einsum({!r}, x)  # f32[batch, 4]  {{{}}}
+    return (made,)
+"""
+
+
+@pytest.mark.parametrize("argument", ["ij -> ij", "# ij", "it's # ij", 'a "word" # more', "\\' # \\"])
+def test_a_note_begins_outside_of_strings(argument: str) -> None:
+    node = program_of(NOTED.format(argument, "line='a.py:4', call=12")).nodes["made"]
+    assert node.args[0] == argument and (origin_of(node).line, origin_of(node).call) == ("a.py:4", 12)
+
+
+@pytest.mark.parametrize("line", ["", "it's", 'a "word"', "back\\slash", "{a, b}, c=4"])
+def test_a_note_keeps_any_text(line: str) -> None:
+    program = program_of(NOTED.format("ij -> ij", f"line={line!r}, call=12, time=0"))
+    assert origin_of(program.nodes["made"]).line == line
+    assert parse_program(program.text).text == program.text
+
+
+@pytest.mark.parametrize("extras", ["call=01", "call=f()", "call=1 2"])
+def test_a_note_of_something_else(extras: str) -> None:
+    with pytest.raises(TextError):
+        program_of(NOTED.format("ij -> ij", extras))
