@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxsight.columns import SHARE, Piece, count_of, narrowable
 from fxsight.gradient import backward, gradient
 from fxsight.layout import minds_layout
 from fxsight.node import binding_of, is_tensor, tensor_spec
+from fxsight.passes.narrow_columns import NarrowColumns
 from fxsight.passes.narrow_reads import Move, NarrowReads, is_view, moves, needs_layout, row_arguments
 from fxsight.program import Program
 from fxsight.spec import SizeSpec
@@ -23,15 +25,20 @@ from fxsight.spec import SizeSpec
 Sizes = Mapping[str, int]
 Known = dict[Any, bool]
 ROWS = (1, 2, 4, 8, 16)
+COLUMNS = (1, 4, 8, 16, 32)
+_DRAWS = 16  # of columns whose numbers a tensor says
 
 
 def narrow_exactly(program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> Program:
-    """The program with ``NarrowReads`` as far as, for inputs of these sizes, each operator gives the same bits.
+    """The program with ``NarrowReads`` and ``NarrowColumns`` as far as, for inputs of these sizes, each operator gives
+    the same bits.
 
     weight: a parameter or buffer by name.  known: what has been tried; filled.
     """
     asked = narrowing(program, sizes, weight, known)
-    return program if asked is None else asked(program)
+    narrowed = program if asked is None else asked(program)
+    columns = narrowing_columns(narrowed, sizes, weight, known)
+    return narrowed if columns is None else columns.apply(narrowed, copies=narrowed is program).program
 
 
 def narrowing(program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> NarrowReads | None:
@@ -58,6 +65,67 @@ def narrowing(program: Program, sizes: Sizes, weight: Callable[[str], Any], know
         asked = replace(asked, but=asked.but + wrong)
         found = moves(program.graph, asked)
     return asked if found else None
+
+
+def narrowing_columns(
+    program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known
+) -> NarrowColumns | None:
+    """``NarrowColumns`` with the fewest columns for which the bits are the same; None where nothing is left.
+
+    Without the layers for which no number of columns will do.
+    """
+    left, best = list(narrowable(program.graph)), 1
+    but: tuple[str, ...] = ()
+    for node, readings in left:
+        pieces = list(dict.fromkeys(piece for reading in readings for piece in reading.pieces))
+        fitting = (n for n in COLUMNS if same_columns(node, pieces, n, sizes, weight, known))
+        found = next(fitting, 0)
+        but += () if found else (node.name,)
+        best = max(best, found)
+    return NarrowColumns(best, but, layout=True) if len(but) < len(left) else None
+
+
+def same_columns(
+    node: fx.Node, pieces: Sequence[Piece], least: int, sizes: Sizes, weight: Callable[[str], Any], known: Known
+) -> bool:
+    """Whether a linear layer gives the bits of its columns where only these, and so many at least, are computed."""
+    read = tuple(("tensor", count_of(piece)) if isinstance(piece, fx.Node) else piece for piece in pieces)
+    key = (node.target, _about(node, sizes), "columns", read, least, torch.get_num_threads())
+    if key not in known:
+        known[key] = _try_columns(node, pieces, least, sizes, weight)
+    return known[key]
+
+
+def _try_columns(
+    node: fx.Node, pieces: Sequence[Piece], least: int, sizes: Sizes, weight: Callable[[str], Any]
+) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    values = {a: _value(a, sizes, weight, generator) for a in node.all_input_nodes}
+    width = tensor_spec(node).numbers[-1]
+    if SHARE * least > width:
+        return False
+    with torch.no_grad():
+        whole = _call(node, values)
+        for draw in range(_DRAWS if any(isinstance(piece, fx.Node) for piece in pieces) else 1):
+            columns = [c for piece in pieces for c in _drawn(piece, width, draw, generator)]
+            wanted = torch.tensor([*columns, *[0] * (least - len(columns))], device=whole.device)
+            few = {a: v[wanted] if a in node.args[1:] else v for a, v in values.items()}
+            if not torch.equal(_call(node, few), whole[..., wanted]):
+                return False
+    return True
+
+
+def _drawn(piece: Piece, width: int, draw: int, generator: torch.Generator) -> Sequence[int]:
+    """The columns of a piece; of a tensor, the first, the last, or any."""
+    if isinstance(piece, int):
+        return (piece,)
+    if isinstance(piece, range):
+        return piece
+    number = count_of(piece)
+    if draw < 2:
+        return range(number) if draw else range(width - number, width)
+    found: list[int] = torch.randint(width, (number,), generator=generator).tolist()
+    return found
 
 
 def is_exact(program: Program, asked: NarrowReads, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> bool:

@@ -81,9 +81,11 @@ class Estimate:
             yield f"  for each {cells:<5} {'at most ' if self.together else ''}{cost_text(self.own)}"
         if self.together:
             yield from self._fast_lines(cells)
-        narrowed = sum(any(made.startswith("NarrowReads") for made in g.program.history) for g in self.groups)
-        if narrowed:
-            yield f"  only rows that are read: {narrowed} programs, tried to give the same bits"
+        for what, by in (("rows", "NarrowReads"), ("columns", "NarrowColumns")):
+            narrowed = [g for g in self.groups if any(made.startswith(by) for made in g.program.history)]
+            tried = "" if any(group.together for group in narrowed) else ", tried to give the same bits"
+            if narrowed:
+                yield f"  only {what} that are read: {len(narrowed)} programs{tried}"
 
     def _fast_lines(self, word: str) -> Iterator[str]:
         axes = dict.fromkeys(together.stride.axis for _, together in self.together)

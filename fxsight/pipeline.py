@@ -9,12 +9,15 @@ from fxsight.passes.drop_unused import DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations
 from fxsight.passes.joint_gradient import JointGradient
+from fxsight.passes.narrow_columns import NarrowColumns
 from fxsight.passes.narrow_reads import NarrowReads
-from fxsight.passes.open_stages import OpenStages
 from fxsight.passes.skip_overwritten import SkipOverwritten
 from fxsight.passes.use_known import UseKnown
 from fxsight.passes.weave import Weave
 from fxsight.rewrite import Between, Pass, Pipeline, Together
+
+# What Inductor is not given to compute: its kernels are others in any case.
+LESS = Together((NarrowReads(), NarrowColumns()))
 
 
 def pipeline_for(
@@ -22,12 +25,12 @@ def pipeline_for(
     known: UseKnown | None = None,
     joint: JointGradient | None = None,
     between: Between | None = None,
-    narrow: NarrowReads | None = None,
+    narrow: Pass | None = None,
 ) -> Pipeline:
     """The passes that turn a captured program (fused operators already opened) into the one ``asked`` for.
 
     known: what the body has had computed already.  joint: where the body asks for gradients.  narrow: where fewer rows
-    may be computed.
+    and columns may be computed.
     """
     return Pipeline(
         Weave(asked, keeps=True),  # first: addresses are those of the captured program
@@ -65,9 +68,6 @@ def sources_pipeline(asked: Intervention) -> Pipeline:
     return Pipeline(Weave(asked, keeps=True), DropUnused(), EraseBoundaries())
 
 
-def cell_pass(asked: Intervention, everywhere: bool = False) -> Pass:
-    """The same up to where order begins to matter: for one cell of a sweep, whose program is then cut into parts.
-
-    everywhere: whether all its stages are opened.
-    """
-    return Together((Weave(asked), SkipOverwritten(), DropUnused(), EraseBoundaries(), OpenStages(everywhere)))
+def cell_pass(asked: Intervention) -> Pass:
+    """The same up to where order begins to matter: for one cell of a sweep, whose program is then cut into parts."""
+    return Together((Weave(asked), SkipOverwritten(), DropUnused(), EraseBoundaries()))

@@ -17,10 +17,10 @@ from torch import fx
 from fxsight.along import Along
 from fxsight.cost import Sizes, cost_of
 from fxsight.effects import mutated_storages
+from fxsight.indices import items_of
 from fxsight.mutate import mutate
 from fxsight.node import is_tensor, origin_of, tensor_spec
 from fxsight.numbering import Depends, dependence
-from fxsight.passes.narrow_reads import items_of
 from fxsight.program import Program
 from fxsight.rowwise import Rows, Way, shape_is_known, way
 from fxsight.spec import symbol
@@ -152,8 +152,7 @@ class _Survey:
     def _before(self, node: fx.Node) -> list[Any]:
         """The arguments of the same node in the model as it is."""
         was = self.captured.nodes.get(node.name)
-        same = was is not None and was.target is node.target and origin_of(was).time == origin_of(node).time
-        found = _leaves(was) if was is not None and same else []
+        found = _leaves(was) if was is not None and was.target is node.target else []
         return found if len(found) == len(_leaves(node)) else [None] * len(_leaves(node))
 
     def _lift(self, given: fx.Node, was: Any) -> Lift | None:

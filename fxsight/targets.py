@@ -15,12 +15,11 @@ from fxsight.errors import TextError
 from fxsight.functions import ATTRIBUTES, find_function, function_name
 from fxsight.gradient import FUNCTIONS
 from fxsight.mutate import mutate
-from fxsight.spread import spread
-from fxsight.stage import Stage, Table
+from fxsight.spread import spread, spread_columns
 
 Target = Callable[..., Any]
 
-_OWN: Mapping[str, Target] = {"mutate": mutate, "spread": spread}
+_OWN: Mapping[str, Target] = {"mutate": mutate, "spread": spread, "spread_columns": spread_columns}
 
 
 def target_name(target: Any) -> str:
@@ -30,8 +29,6 @@ def target_name(target: Any) -> str:
     """
     if target in _OWN.values():
         return str(target.__name__)
-    if isinstance(target, (Stage, Table)):
-        return target.title
     name = str(getattr(target, "__name__", ""))
     return name if FUNCTIONS.get(name) is target else function_name(target)
 

@@ -14,8 +14,8 @@ from fxsight.along import Along, join, put, take
 from fxsight.attend import Asked, Attend, allowed
 from fxsight.cost import Cost, Sizes, bytes_of, cost_of
 from fxsight.effects import storages
+from fxsight.indices import items_of
 from fxsight.node import binding_of, tensor_spec
-from fxsight.passes.narrow_reads import items_of
 from fxsight.program import Program
 from fxsight.rowset import RowSet, changed_rows, reach
 from fxsight.run import Weights

@@ -8,9 +8,9 @@ from fxsight.passes.drop_unused import DropUnused as DropUnused
 from fxsight.passes.erase_boundaries import EraseBoundaries as EraseBoundaries
 from fxsight.passes.expand_mutations import ExpandMutations as ExpandMutations
 from fxsight.passes.joint_gradient import JointGradient as JointGradient
+from fxsight.passes.narrow_columns import NarrowColumns as NarrowColumns
 from fxsight.passes.narrow_reads import NarrowReads as NarrowReads
 from fxsight.passes.open_fused import OpenFused as OpenFused
-from fxsight.passes.open_stages import OpenStages as OpenStages
 from fxsight.passes.skip_overwritten import SkipOverwritten as SkipOverwritten
 from fxsight.passes.use_known import UseKnown as UseKnown
 from fxsight.passes.weave import Weave as Weave
@@ -25,7 +25,7 @@ PASSES: tuple[type[Pass], ...] = (
     SkipOverwritten,
     DropUnused,
     EraseBoundaries,
-    OpenStages,
     NarrowReads,
+    NarrowColumns,
     ExpandMutations,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import fx
 
 from fxsight.editor import Editor
 from fxsight.effects import is_random, mutated_storages, storages
+from fxsight.indices import items_of
 from fxsight.node import is_tensor, output_node, tensor_spec
 from fxsight.rewrite import Pass
-from fxsight.spec import Dim, SizeSpec, contiguous_stride
+from fxsight.spec import Dim, contiguous_stride
 from fxsight.spread import spread
 
 aten = torch.ops.aten
@@ -95,17 +96,6 @@ class NarrowReads(Pass):
 
 def moves(graph: fx.Graph, asked: NarrowReads) -> list[Move]:
     """What the pass changes, last operator first: a read that has moved up is a read of what comes before."""
-    return list(_moves(graph, asked).values())
-
-
-def read_in_part(graph: fx.Graph, values: Iterable[fx.Node]) -> list[fx.Node]:
-    """The values, of some, of which only some rows are read."""
-    found, saved = _moves(graph, NarrowReads()), set(output_node(graph).all_input_nodes)
-    some = [value for value in values if value.users and is_tensor(value) and value not in saved]
-    return [value for value in some if all(_reading(user, value, found) for user in value.users)]
-
-
-def _moves(graph: fx.Graph, asked: NarrowReads) -> dict[fx.Node, Move]:
     calls = [node for node in graph.nodes if node.op == "call_function"]
     changed = mutated_storages(calls)
     saved = set(output_node(graph).all_input_nodes)
@@ -118,7 +108,7 @@ def _moves(graph: fx.Graph, asked: NarrowReads) -> dict[fx.Node, Move]:
             continue
         if not storages(node).union(*map(storages, node.all_input_nodes)) & changed:
             found[node] = move
-    return found
+    return list(found.values())
 
 
 def _move_of(node: fx.Node, rows: int, found: Mapping[fx.Node, Move]) -> Move | None:
@@ -177,25 +167,6 @@ def _sliced(node: fx.Node) -> Mapping[int, Window] | None:
         return None
     window = (-1, -start) if end == END else (end - 1, end - start)
     return {dim % _rank(node): window} if window[1] > 0 else None
-
-
-def items_of(index: Any, rank: int) -> list[Any] | None:
-    """One item for each dimension; None where that cannot be said."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if not all(map(_is_plain, items)) or sum(x is Ellipsis for x in items) > 1:
-        return None
-    at = next((i for i, x in enumerate(items) if x is Ellipsis), len(items))
-    items[at : at + 1] = [slice(None)] * (rank - len(items) + (at < len(items)))
-    return items if len(items) == rank else None
-
-
-def _is_plain(item: Any) -> bool:
-    """Whether it takes exactly one dimension."""
-    if isinstance(item, list):
-        return all(type(x) is int for x in item)
-    if isinstance(item, fx.Node):
-        return isinstance(item.meta.get("spec"), SizeSpec)
-    return item is Ellipsis or type(item) is int or isinstance(item, slice)
 
 
 def _row(item: Any) -> Window | None:

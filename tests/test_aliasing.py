@@ -275,6 +275,7 @@ def test_edits_equal_hooks(number: int, location: tuple[str, Port]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fxsight.errors.LostEditWarning")
 @pytest.mark.parametrize("watch", [False, True])
 @pytest.mark.parametrize("path, port", LOCATIONS)
 def test_all_edits_everywhere_equal_hooks(path: str, port: Port, watch: bool) -> None:

@@ -17,7 +17,6 @@ from torch.testing import assert_close
 import fxsight
 from fxsight.asked import asked_in_all
 from fxsight.lift import lifted, outline, varying
-from fxsight.stage import operators
 from tests import small
 
 LENGTH, WIDTH, LAYERS = 5, 16, 3
@@ -524,6 +523,7 @@ def test_logits_are_computed_where_they_are_read() -> None:
     plan = model.plan(last, x, layer=range(LAYERS), position=range(LENGTH))
     assert all("NarrowReads(rows=" in str(group.program.history) for group in plan.groups)
     assert "only rows that are read: 3 programs" in plan.explain()
+    assert "only columns that are read: 3 programs, tried to give the same bits" in plan.explain()
     grid = plan.run()
     for layer in range(LAYERS):
         for position in range(LENGTH):
@@ -540,5 +540,5 @@ def test_what_comes_before_the_edits_runs_once_for_all_layers() -> None:
         return model.lm_head.output
 
     plan = model.plan(scale, x, layer=range(LAYERS), factor=[0.5, 2.0])
-    shared = [name for group in plan.groups for part in group.shared for name in operators(part.program.graph)]
+    shared = [node.name for group in plan.groups for part in group.shared for node in part.program.graph.nodes]
     assert sum(name.startswith("scaled_dot_product_attention") for name in shared) == LAYERS
