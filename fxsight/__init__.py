@@ -12,6 +12,7 @@ from fxsight.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fxsight.address import Address as Address
+    from fxsight.background import Background as Background
     from fxsight.cache import Cache as Cache
     from fxsight.compare import Diff as Diff
     from fxsight.compare import diff as diff
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "address": "Address",
+    "background": "Background",
     "cache": "Cache",
     "containers": "bool bytearray bytes complex dict float int list set str tuple",
     "compare": "Diff diff save_program",

@@ -15,7 +15,7 @@ import torch
 
 from fxsight.bits import Known, narrow_exactly
 from fxsight.captures import Captures
-from fxsight.errors import TraceError
+from fxsight.errors import CausalityError, TraceError
 from fxsight.intervention import Intervention
 from fxsight.lift import Outline, lifted, varying
 from fxsight.numbering import has_effects
@@ -23,6 +23,7 @@ from fxsight.parts import Alike, Constants, Group, cut, identity, varying_consta
 from fxsight.passes.narrow_columns import NarrowColumns
 from fxsight.pipeline import cell_pass
 from fxsight.program import Program
+from fxsight.staged import Stages, Staging
 from fxsight.stride import best_stride
 
 KEPT = 16  # plans kept per model
@@ -76,14 +77,29 @@ def alike(captures: Captures, cells: Mapping[int, Written], mode: str) -> list[A
     Raises: what weaving raises.
     """
     tried: Known = {}
-    return [_alike(captures, {n: cells[n] for n in numbers}, tried, mode) for numbers in kinds_of(cells)]
+    kinds = [{n: cells[n] for n in numbers} for numbers in kinds_of(cells)]
+    staged = _staged(captures, [next(iter(members.values())) for members in kinds])
+    return [_alike(captures, members, staged, tried, mode) for members in kinds]
 
 
-def _alike(captures: Captures, members: Mapping[int, Written], tried: Known, mode: str) -> Alike:
+def _staged(captures: Captures, cells: Sequence[Written]) -> Mapping[int, Staging]:
+    """For each captured program how it is cut for the cells that are recorded on it."""
+    stages = Stages(captures.module)
+    found = {id(cell.captured): [other for other in cells if other.captured is cell.captured] for cell in cells}
+    return {key: Staging(some[0].captured, [cell.asked for cell in some], stages) for key, some in found.items()}
+
+
+def _alike(
+    captures: Captures, members: Mapping[int, Written], staged: Mapping[int, Staging], tried: Known, mode: str
+) -> Alike:
     cells = list(members.values())
     captured, sizes = cells[0].captured, cells[0].sizes
     which = varying([cell.outline for cell in cells])
-    whole = cell_pass(lifted(cells[0].asked, which))(captured)
+    asked = lifted(cells[0].asked, which)
+    try:
+        whole = cell_pass(asked, mode == "fast")(staged[id(captured)].of(cells[0].asked))
+    except CausalityError:  # one stage may depend on more than one of its operators does
+        whole = cell_pass(asked)(captured)
     constants = constants_of(cells)
     if mode == "fast":
         program = NarrowColumns()(whole) if captures.shared.narrow else whole

@@ -11,6 +11,7 @@ these is code, as everything in a compiler's cache is: who can write the folder 
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import json
 import platform
@@ -52,6 +53,10 @@ class Artifact:
     guards: tuple[Any, ...] = ()
 
 
+class NotReady(Exception):
+    """What is not compiled yet, where nothing may be compiled."""
+
+
 class Artifacts:
     """Compiled regions: those in memory, those in a folder, and new ones.
 
@@ -72,10 +77,26 @@ class Artifacts:
         """Those of the cache folder (``folder.cache_folder``)."""
         return Artifacts(cache_folder() / "compiled")
 
+    @property
+    def folder(self) -> Path | None:
+        """Where they are kept on disk."""
+        return None if self._files is None else self._files.path
+
+    def ready(self) -> Artifacts:
+        """The same, of which none is compiled here: where one would be, NotReady is raised."""
+        found = copy.copy(self)
+        found._compiler = _refuse
+        return found
+
+    def check_may_compile(self) -> None:
+        """Raises: NotReady where nothing may be compiled."""
+        if self._compiler is _refuse:
+            raise NotReady
+
     def of(self, region: Canonical) -> Artifact:
         """The artifact of a region: from memory, else from disk, else compiled now.
 
-        Raises: InputError where a size depends on numbers; Untraceable where torch refuses an operator.
+        Raises: InputError where a size depends on numbers; Untraceable where torch refuses an operator; NotReady.
         """
         key = region.text + _ambient()
         found = self._kept.get(key) or self._load(region)
@@ -116,6 +137,10 @@ class Artifacts:
                 self._files.used(path)
             return found
         return None
+
+
+def _refuse(module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+    raise NotReady
 
 
 def traced(region: Canonical) -> tuple[fx.GraphModule, list[Any], tuple[Spec, ...], Fakes]:
@@ -224,6 +249,7 @@ def _ambient() -> str:
     return json.dumps(
         [
             torch.get_num_threads(),  # a number in the code that it writes
+            str(torch.get_default_dtype()),  # of what a region makes without one
             torch.are_deterministic_algorithms_enabled(),
             torch.get_float32_matmul_precision(),
             torch.backends.mkldnn.enabled,

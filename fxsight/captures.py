@@ -22,6 +22,8 @@ from torch import nn
 from fxsight.address import Address
 from fxsight.artifacts import Artifacts
 from fxsight.attached import AttachedCalls
+from fxsight.auto import Auto, Backend, Tier
+from fxsight.background import Workers
 from fxsight.bits import Known, narrowing
 from fxsight.capture import capture_all
 from fxsight.collector import waiting
@@ -30,7 +32,6 @@ from fxsight.errors import InputError
 from fxsight.fewer import Fewer
 from fxsight.intervention import Intervention
 from fxsight.known import Step
-from fxsight.lower import Tier
 from fxsight.narrowed import Narrowed
 from fxsight.passes.joint_gradient import JointGradient
 from fxsight.passes.open_fused import open_above
@@ -62,9 +63,9 @@ class Found:
     watch: Watch
     roots: dict[Any, Step] = field(default_factory=dict[Any, Step])
 
-    def root(self, line: str, tier: Tier, differentiates: bool) -> Step:
-        """Where a body begins that begins at a line and runs in a tier, with gradients enabled or not."""
-        return self.roots.setdefault((line, tier, differentiates), Step())
+    def root(self, line: str, backend: Backend, differentiates: bool) -> Step:
+        """Where a body begins that begins at a line and is run by a backend, with gradients enabled or not."""
+        return self.roots.setdefault((line, backend, differentiates), Step())
 
 
 @dataclass
@@ -83,7 +84,13 @@ class Now:
 class Captures:
     """All programs of one module, called by one of its methods, and the trace that is open on it."""
 
-    def __init__(self, module: nn.Module, store: Store | None, artifacts: Artifacts | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        store: Store | None,
+        artifacts: Artifacts | None = None,
+        workers: Workers | None = None,
+    ) -> None:
         self.module = module
         self.method = "forward"
         self.reader = SourceReader()
@@ -91,6 +98,7 @@ class Captures:
         self.latest: Program | None = None  # the program asked for last: what browsing outside a trace shows
         self.latest_sizes: dict[str, int] = {}  # of the inputs it was asked for with
         self.artifacts = artifacts or Artifacts()  # compiled regions, for all programs of the module
+        self.workers = workers  # compile in the background; None: nothing is compiled there
         self.attached_calls = AttachedCalls()
         self.shared = Now()
         self.told: dict[Any, Any] = {}  # the warnings that are given once for each line
@@ -225,7 +233,7 @@ class Captures:
         program: Program,
         asked: Intervention,
         constants: Sequence[torch.Tensor],
-        tier: Tier,
+        backend: Backend,
         sizes: Mapping[str, int],
         known: UseKnown | None = None,
     ) -> Executable:
@@ -237,27 +245,44 @@ class Captures:
         """
         joint = joint_for(asked, sizes)
         if known is not None and joint is None:  # values of this very trace: nothing to keep
-            return self._executable(pipeline_for(asked, known)(program), asked, constants, tier)
-        key = (id(program), asked.key, tier, 0)
+            return self._executable(pipeline_for(asked, known)(program), asked, constants, backend)
+        key = (id(program), asked.key, backend, 0)
         while key in self._executables and joint is not None and not holds(self._executables[key].program, sizes):
             key = (*key[:3], key[3] + 1)
         found = self._executables.get(key)
         if found is None:
 
             def make(wanted: Intervention) -> Executable:
-                if joint is not None and tier == "eager":
+                if joint is not None and backend != "inductor":
                     return self._with_gradients(program, wanted, constants, joint)
-                narrow = LESS if tier == "inductor" else None
+                narrow = LESS if backend == "inductor" else None
                 finished = pipeline_for(wanted, joint=joint, narrow=narrow)(program)
-                return self._executable(finished, wanted, constants, tier, fewer=self._fewer(finished, wanted, tier))
+                if backend == "auto":
+                    return self._automatic(program, finished, wanted, constants)
+                fewer = self._fewer(finished, wanted) if backend == "eager" else None
+                return self._executable(finished, wanted, constants, backend, fewer=fewer)
 
             with waiting():
-                found = self._served.find((id(program), tier), asked, make) if joint is None else make(asked)
+                found = self._served.find((id(program), backend), asked, make) if joint is None else make(asked)
             self._executables[key] = found
             if len(self._executables) > KEPT:
                 self._executables.popitem(last=False)
         self._executables.move_to_end(key)
         return found
+
+    def _automatic(
+        self, program: Program, finished: Program, asked: Intervention, constants: Sequence[torch.Tensor]
+    ) -> Executable:
+        """What runs op by op, and compiled when that pays."""
+        auto = Auto(
+            finished,
+            dict(asked.sizes),
+            self.artifacts,
+            self.workers,
+            lambda: pipeline_for(asked, narrow=LESS)(program),
+        )
+        fewer = self._fewer(finished, asked) if auto.why else None  # what is compiled leaves them out anyway
+        return self._executable(finished, asked, constants, "auto", fewer=fewer, auto=auto)
 
     def _with_gradients(
         self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], joint: JointGradient
@@ -276,13 +301,13 @@ class Captures:
         narrowed = Narrowed(woven, narrow, partial(bind_sizes, program), self.weight, whole, self._tried)
         return self._executable(finished, asked, constants, "eager", narrowed=narrowed)
 
-    def _fewer(self, finished: Program, asked: Intervention, tier: Tier) -> Fewer | None:
-        """How a finished program without gradients computes what is read, from its second run on."""
-        if tier != "eager" or not self.shared.narrow:
+    def _fewer(self, finished: Program, asked: Intervention) -> Fewer | None:
+        """How a finished program without gradients computes what is read op by op, from its second run on."""
+        if not self.shared.narrow:
             return None
 
         def make(program: Program) -> Executable:
-            return self._executable(program, asked, [], tier)
+            return self._executable(program, asked, [], "eager")
 
         return Fewer(finished, partial(bind_sizes, finished), self.weight, make, self._tried)
 
@@ -291,14 +316,16 @@ class Captures:
         finished: Program,
         asked: Intervention,
         constants: Sequence[torch.Tensor],
-        tier: Tier,
+        backend: Backend,
         keeps: bool = True,
         narrowed: Narrowed | None = None,
         fewer: Fewer | None = None,
+        auto: Auto | None = None,
     ) -> Executable:
+        tier: Tier = "inductor" if backend == "inductor" else "eager"
         fixed, is_joint, module = dict(asked.sizes), bool(asked.backwards), self.module
         return Executable(
-            finished, module, constants, tier, fixed, self.artifacts, self.lock, is_joint, keeps, narrowed, fewer
+            finished, module, constants, tier, fixed, self.artifacts, self.lock, is_joint, keeps, narrowed, fewer, auto
         )
 
     def opened(self, program: Program, address: Address) -> Program:

@@ -52,16 +52,17 @@ def by_regions(
     return lowered
 
 
-def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int], _: Artifacts) -> Lowered:
+def inductor(program: Program, arguments: Sequence[Any], fixed: Mapping[str, int], artifacts: Artifacts) -> Lowered:
     """The program compiled in one piece for all sizes it is free in, except ``fixed`` ones; for any program.
 
     One that draws random numbers runs op by op: Inductor keeps no order among draws, so they would be others.
     arguments: one run's placeholders, for devices and dtypes; their numbers do not matter.
 
-    Raises: InputError where a size depends on numbers.
+    Raises: InputError where a size depends on numbers; NotReady where the artifacts are those that are there.
     """
     if any(map(is_random, program.graph.nodes)):
         return straight(program.graph, program.name)
+    artifacts.check_may_compile()
     lowered = _InOnePiece(program, fixed)
     lowered.find(arguments)
     return lowered

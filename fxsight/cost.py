@@ -7,6 +7,7 @@ one operation for each number it makes.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from fxsight.effects import storages
 from fxsight.errors import InputError
 from fxsight.node import output_node
 from fxsight.spec import TensorSpec
+from fxsight.stage import Stage, Table
 from fxsight.targets import target_name
 
 Sizes = Mapping[str, int]
@@ -40,9 +42,17 @@ def cost_of(nodes: Iterable[fx.Node], sizes: Sizes) -> Cost:
     """Of running some nodes once, for inputs of these sizes."""
     total = Cost()
     for node in nodes:
-        if node.op == "call_function":
+        if isinstance(node.target, Stage):
+            total += cost_of(node.target.graph.nodes, sizes)
+        elif node.op == "call_function" and not _of_stage(node):
             total += Cost(_flops(node, sizes), 1)
     return total
+
+
+def _of_stage(node: fx.Node) -> bool:
+    """Whether it only gives a stage its weights, or takes one of its results."""
+    given = node.args[0] if node.target is operator.getitem else None
+    return isinstance(node.target, Table) or (isinstance(given, fx.Node) and isinstance(given.target, Stage))
 
 
 def _flops(node: fx.Node, sizes: Sizes) -> int:
@@ -120,6 +130,7 @@ def _highest(graph: fx.Graph, made: Mapping[str, int], ends: Mapping[fx.Node, in
     for node in graph.nodes:
         fresh = storages(node) - seen if node.op == "call_function" else frozenset[str]()
         seen |= fresh
+        most = max(most, held + (peak_bytes(node.target.graph, sizes) if isinstance(node.target, Stage) else 0))
         held += sum(made.get(storage, 0) for storage in fresh)
         most = max(most, held)
         held -= ends.get(node, 0) if node is not output_node(graph) else 0

@@ -13,23 +13,23 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from fxsight.auto import Backend
 from fxsight.captures import Captures
 from fxsight.edits import Edits
 from fxsight.errors import TraceError
-from fxsight.lower import Tier
 
 
-def drop_in(captures: Captures, edits: Edits, tier: Tier) -> nn.Module:
+def drop_in(captures: Captures, edits: Edits, backend: Backend) -> nn.Module:
     """The module; it makes the edits that there are at each call.
 
-    tier: how it runs where nobody wants gradients; with gradients it runs op by op, in which they flow.
+    backend: how it runs where nobody wants gradients; with gradients it runs op by op, in which they flow.
     """
     module, cls = captures.module, type(captures.module)
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         wanted = torch.is_grad_enabled() and _has_gradients(module, edits, (*args, *kwargs.values()))
-        return edits.call(captures, (args, kwargs), "eager" if wanted else tier)
+        return edits.call(captures, (args, kwargs), "eager" if wanted else backend)
 
     own = {"forward": forward, "__call__": forward, "__reduce_ex__": _refuse, "__module__": cls.__module__}
     made: Any = object.__new__(type(cls.__name__, (cls,), own))

@@ -79,6 +79,13 @@ class Editor:
         given = origin or (origin_of(like) if like is not None else Origin())
         return self._made(node, spec, replace(given, made_by=self.made_by, was=""))
 
+    def adopt(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> fx.Node:
+        """A copy of another graph's operation, where the graph inserts now.  value: of the nodes it uses."""
+        made = self.graph.node_copy(node, value)
+        self.nodes[made.name] = made
+        self.touched = True
+        return made
+
     def placeholder(self, name: str, binding: Binding, spec: Spec) -> fx.Node:
         """A new input of the graph, after the others."""
         first = next((n for n in self.graph.nodes if n.op != "placeholder"), self.output)

@@ -12,11 +12,11 @@ from torch import nn
 
 from fxsight.address import Address
 from fxsight.asked import asked_in_all
+from fxsight.auto import Backend
 from fxsight.captures import Captures
 from fxsight.edit import Edit
 from fxsight.errors import EditError, nearest
 from fxsight.intervention import Intervention
-from fxsight.lower import Tier
 from fxsight.parameters import EditParameters
 from fxsight.program import Program
 from fxsight.run import Executable
@@ -84,23 +84,27 @@ class Edits(Sequence[Edit]):
 
     # -- the plain call ----------------------------------------------------------------------------------------------
 
-    def call(self, captures: Captures, call: tuple[tuple[Any, ...], Mapping[str, Any]], tier: Tier = "eager") -> Any:
+    def call(
+        self, captures: Captures, call: tuple[tuple[Any, ...], Mapping[str, Any]], backend: Backend = "eager"
+    ) -> Any:
         """What the module returns with these edits, in the module's own structure.
 
         Raises: EditError where this forward does not have the places; CaptureError.
         """
-        return self.prepared(captures, call, tier).run(flatten(call)[0], self._edits)
+        return self.prepared(captures, call, backend).run(flatten(call)[0], self._edits)
 
-    def prepared(self, captures: Captures, call: tuple[tuple[Any, ...], Mapping[str, Any]], tier: Tier) -> PlainCall:
+    def prepared(
+        self, captures: Captures, call: tuple[tuple[Any, ...], Mapping[str, Any]], backend: Backend
+    ) -> PlainCall:
         """The finished program of such a call.
 
         Raises: as ``call``.
         """
         found = captures.quick(*call)
-        key = (id(found.program), *found.sizes.items(), tier, *self._key(captures))
+        key = (id(found.program), *found.sizes.items(), backend, *self._key(captures))
         made = self._calls.get(key)
         if made is None:
-            made = self._calls[key] = _plain_call(captures, call, tier, self)
+            made = self._calls[key] = _plain_call(captures, call, backend, self)
             if len(self._calls) > KEPT:
                 self._calls.popitem(last=False)
         return made
@@ -155,9 +159,9 @@ class PlainCall:
         return self.executable.build(results)[0]
 
 
-def _plain_call(captures: Captures, call: Any, tier: Tier, edits: Sequence[Edit]) -> PlainCall:
+def _plain_call(captures: Captures, call: Any, backend: Backend, edits: Sequence[Edit]) -> PlainCall:
     """Record the edits and nothing else, and finish the program."""
-    trace = PlainTrace(captures, call, "inductor" if tier == "inductor" else "eager", edits=edits)
+    trace = PlainTrace(captures, call, backend, edits=edits)
     executable = trace.finish()
     table: dict[int, tuple[int, int]] = {}
     for i, edit in enumerate(edits):
@@ -176,7 +180,7 @@ class PlainTrace(Tracer):
     def finish(self) -> Executable:
         """The finished program; nothing is run."""
         self.say()
-        return self.captures.executable(self.captured, self.asked, self.constants, self._tier(), self._sizes)
+        return self.captures.executable(self.captured, self.asked, self.constants, self._backend, self._sizes)
 
     def say(self) -> Intervention:
         """What is asked for, said and not finished."""

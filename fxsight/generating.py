@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxsight.address import Address
+from fxsight.auto import Backend
 from fxsight.captures import Captures
 from fxsight.cursor import Cursor
 from fxsight.edit import Edit
@@ -25,7 +26,6 @@ from fxsight.rehearsal import Known
 from fxsight.repertoire import Score
 from fxsight.rows import Call
 from fxsight.run import Executable
-from fxsight.running import Backend
 from fxsight.step import Step
 from fxsight.twin import encoder_path
 from fxsight.value import Value
@@ -43,7 +43,7 @@ class Generating:
         self, captures: Captures, prompts: Prompted, backend: Backend, edits: Sequence[Edit], method: str
     ) -> None:
         self.captures, self.edits, self.method = captures, edits, method
-        self.backend: Backend = backend
+        self.backend: Backend = "inductor" if backend == "inductor" else "eager"
         self.cursor = Cursor()
         self._prompts = prompts
         self._known: Score | None = None

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from fxsight.address import Address
+from fxsight.auto import Backend
 from fxsight.branch import Stopped
 from fxsight.cache import Cache
 from fxsight.captures import Captures
@@ -29,7 +30,6 @@ from fxsight.program import Program
 from fxsight.prompted import Prompted
 from fxsight.record import Recorder
 from fxsight.repertoire import Repertoire, Score
-from fxsight.running import Backend
 from fxsight.stepping import StepEdit
 from fxsight.tracer import Tracer
 from fxsight.value import Value, values_in

@@ -36,7 +36,7 @@ from fxsight.rows import Call
 from fxsight.run import Executable
 from fxsight.sessions import Session
 from fxsight.shared import Terms
-from fxsight.show import Text
+from fxsight.text import Text
 from fxsight.together import BUDGET
 from fxsight.tracer import Tracer
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fxsight.auto import BACKENDS
 from fxsight.context import open_block
 from fxsight.edit_text import edits_of
 from fxsight.errors import TraceError
@@ -22,7 +23,7 @@ from fxsight.prompted import Prompted
 from fxsight.prompts import Prompts
 from fxsight.rename import Rename
 from fxsight.repertoire import Repertoire
-from fxsight.running import BACKENDS, check_inputs
+from fxsight.running import check_inputs
 from fxsight.tokens import Tokens
 from fxsight.value import values_in
 
@@ -63,7 +64,8 @@ class LanguageModel(Model):
     dispatch: load the weights now.
     automodel: a class with ``from_pretrained``, or the name of one in ``transformers``; None for the one of causal,
     sequence-to-sequence, image-text and masked language models that the model was saved as.
-    options: ``views``, ``methods`` and ``narrow`` of ``Model``; all others are arguments of ``from_pretrained``
+    options: ``views``, ``methods``, ``narrow`` and ``background`` of ``Model``; all others are arguments of
+    ``from_pretrained``
     (``revision``, ``dtype``, ``device_map``, ``attn_implementation``, ``quantization_config``, ...).
     import_edits: the name of edits to begin with (``export_edits``); True for those with the model's own name.
 
@@ -88,7 +90,7 @@ class LanguageModel(Model):
         automodel: Any = None,
         **options: Any,
     ) -> None:
-        own = {name: options.pop(name) for name in ("views", "methods", "narrow") if name in options}
+        own = {name: options.pop(name) for name in ("views", "methods", "narrow", "background") if name in options}
         if isinstance(model, nn.Module):
             if options or automodel is not None:
                 names = ", ".join([*options, *(["automodel"] if automodel is not None else [])])
@@ -177,12 +179,13 @@ class LanguageModel(Model):
         args, kwargs = self._inputs.prepare(args, kwargs)
         return super().__call__(*args, hook=hook, **kwargs)
 
-    def generate(self, *args: Any, backend: Any = "auto", trace: Any = True, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, backend: Any = "eager", trace: Any = True, **kwargs: Any) -> Any:
         """A block over all steps of a generation: ``with model.generate("Hello", max_new_tokens=3) as tracer:``.
 
         args: prompts; none where each ``tracer.invoke`` brings its own.
         kwargs: of the ``generate`` of ``transformers``, which drives.
-        backend: as for ``trace``.  trace: False for no block: simply the result, with the edits of this model.
+        backend: "eager" or "inductor", as for ``trace``; "auto" is eager here.
+        trace: False for no block: simply the result, with the edits of this model.
 
         Raises: TraceError for an unknown backend, and for no prompt and no block; what ``generate`` raises for its
         arguments.

@@ -8,29 +8,19 @@ inductor: compiled with free sizes; the same numbers within ``TOLERANCE``. It is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import fx
 
 from fxsight.artifacts import Artifacts
-from fxsight.compiled import Lowered, by_regions, graph_module
+from fxsight.auto import Auto, Tier
+from fxsight.compiled import Lowered, graph_module
 from fxsight.errors import TraceError
 from fxsight.program import Program
-from fxsight.regions import Region, cut, whole
 from fxsight.straight import straight
-from fxsight.varying import Varying, number_places
-
-Tier = Literal["eager", "inductor"]
-
-# Largest difference of the inductor tier from the eager one, relative and absolute, by dtype: the reassociation that
-# fused kernels do, as in torch.testing.assert_close.
-TOLERANCE: Mapping[torch.dtype, tuple[float, float]] = {
-    torch.float64: (1e-7, 1e-7),
-    torch.float32: (1e-4, 1e-4),
-    torch.float16: (1e-2, 1e-2),
-    torch.bfloat16: (2e-2, 2e-2),
-}
+from fxsight.tolerance import TOLERANCE as TOLERANCE
+from fxsight.tolerance import Difference
+from fxsight.varying import compile_for
 
 
 def eager(program: Program) -> Lowered:
@@ -52,16 +42,36 @@ def keeping(program: Program) -> Callable[..., dict[str, Any]]:
 class Lowering:
     """How one program runs: compiled at its first run, and kept from then on.
 
-    fixed: sizes that the program holds for alone.  artifacts: compiled regions.
-    calls: runs until now.  is_whole: whether it is compiled in one piece.
+    tier: how it runs; with ``auto`` how it has run the last time.  fixed: sizes that the program holds for alone.
+    artifacts: compiled regions.  auto: what runs it in the first tier, and in the second when that has been compiled.
+    is_whole: whether it is compiled in one piece.
     """
 
-    def __init__(self, program: Program, tier: Tier, fixed: Mapping[str, int], artifacts: Artifacts) -> None:
-        self.tier: Tier = tier
-        self.calls = 0
+    def __init__(
+        self, program: Program, tier: Tier, fixed: Mapping[str, int], artifacts: Artifacts, auto: Auto | None = None
+    ) -> None:
+        self.auto = auto
         self.is_whole = False
+        self._tier: Tier = tier
         self._program, self._fixed, self._artifacts = program, dict(fixed), artifacts
-        self._lowered: Lowered | None = eager(program) if tier == "eager" else None
+        self._lowered: Lowered | None = auto or (eager(program) if tier == "eager" else None)
+
+    @property
+    def tier(self) -> Tier:
+        """How it runs, or has run the last time."""
+        return self._tier if self.auto is None else self.auto.tier
+
+    @property
+    def difference(self) -> Difference | None:
+        """How far compiled results were from the exact ones, where both were computed."""
+        return None if self.auto is None else self.auto.difference
+
+    def explain(self) -> str:
+        """How it runs, in words."""
+        if self.auto is not None:
+            return self.auto.explain()
+        how = "in one piece" if self.is_whole else "by regions"
+        return "eager: op by op" if self._tier == "eager" else f"inductor: compiled {how}, within lower.TOLERANCE"
 
     def __call__(self, arguments: Sequence[Any]) -> Sequence[Any]:
         """The results for one run's placeholders.
@@ -69,29 +79,15 @@ class Lowering:
         Raises: InputError where a size depends on numbers and the tier is inductor.
         """
         if self._lowered is None:
-            self._lowered = self._compiled(arguments)
-        self.calls += 1
+            self._lowered = compile_for(self._program, arguments, self._fixed, self._artifacts, self.is_whole)
         return self._lowered(*arguments)
-
-    def _compiled(self, arguments: Sequence[Any]) -> Lowered:
-        pieces = _one if self.is_whole else cut
-
-        def compile_it(program: Program, given: Sequence[Any]) -> Lowered:
-            return by_regions(program, given, self._fixed, self._artifacts, pieces)
-
-        has_numbers = bool(number_places(self._program))
-        return Varying(self._program, compile_it) if has_numbers else compile_it(self._program, arguments)
 
     def compile_whole(self) -> None:
         """From the next run on, compiled in one piece: minutes for a large program, and the fastest runs after it.
 
         Raises: TraceError when the program runs op by op.
         """
-        if self.tier != "inductor":
+        if self._tier != "inductor":
             raise TraceError("this program runs op by op, bit for bit: trace it with backend='inductor' to compile it")
         if not self.is_whole:
             self.is_whole, self._lowered = True, None
-
-
-def _one(program: Program) -> Sequence[Region]:
-    return [whole(program)]

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from fxsight.artifacts import Artifacts
+from fxsight.auto import BACKENDS
+from fxsight.background import Background, Workers
 from fxsight.captures import Captures
 from fxsight.compare import Diff, diff
 from fxsight.containers import Saved
@@ -31,7 +33,6 @@ from fxsight.parameters import EditParameters
 from fxsight.plan import Plan
 from fxsight.rename import Aliases, Rename
 from fxsight.rows import Call
-from fxsight.running import BACKENDS
 from fxsight.scan import Scan
 from fxsight.sessions import Session
 from fxsight.shared import ALONE, SHARED
@@ -41,6 +42,7 @@ from fxsight.tracer import Tracer
 from fxsight.tree import flatten
 from fxsight.view import View, words
 
+_BACKGROUND = Background()
 Views = type[View] | Mapping[type[nn.Module] | str, type[View] | None]
 
 
@@ -59,6 +61,7 @@ class Model(View):
     ``{nn.Linear: MyView, "attn": Heads}``; a class comes before a path, the nearest base and the longest path first.
     methods: names of methods whose call is a block, ``with model.encode(x):``; see ``methods``.
     narrow: whether rows that nobody reads are left out, op by op, where the bits stay the same; see ``fewer``.
+    background: when ``backend="auto"`` compiles (``background.Background``); None for never.
 
     Raises: RenameError; TypeError for what is no module or no View.
     """
@@ -72,16 +75,24 @@ class Model(View):
         views: Views | None = None,
         methods: Iterable[str] = (),
         narrow: bool = True,
+        background: Background | None = _BACKGROUND,
     ) -> None:
         given: Any = module
         if not isinstance(given, nn.Module):
             raise TypeError(f"Model(...) is for an nn.Module, not a {type(given).__name__}")
         super().__init__(None, module, "")
         own = self.__dict__
-        own["_options"] = {"cache": cache, "rename": rename or {}, "views": views or {}, "methods": tuple(methods)}
-        own["_options"]["narrow"] = narrow
+        own["_options"] = {
+            "cache": cache,
+            "rename": rename or {},
+            "views": views or {},
+            "methods": tuple(methods),
+            "narrow": narrow,
+            "background": background,
+        }
         artifacts = Artifacts.on_disk() if cache else Artifacts()
-        own["_captures"] = Captures(module, Store() if cache else None, artifacts)
+        workers = None if background is None else Workers(background)
+        own["_captures"] = Captures(module, Store() if cache else None, artifacts, workers)
         self._captures.shared.narrow = narrow
         own["_inputs"], own["_paths"], own["_methods"], own["_aliases"] = PLAIN, {}, {}, Aliases()
         own["_edits"] = Edits()
@@ -93,7 +104,7 @@ class Model(View):
     def trace(
         self,
         *args: Any,
-        backend: Any = "auto",  # these are Any so that f(**batch) of a typed batch is a typed call
+        backend: Any = "eager",  # these are Any so that f(**batch) of a typed batch is a typed call
         trace: Any = True,
         scan: Any = True,
         validate: Any = True,
@@ -106,7 +117,8 @@ class Model(View):
         """A block in which values of ``module(*args, **kwargs)`` are read and written; it runs when the block ends.
 
         Without input: a block of invokes, ``with tracer.invoke(x):``, that run as one batch.
-        backend: "eager" is bitwise the module's own numbers; "inductor" compiles; "auto" is eager.
+        backend: "eager" is bitwise the module's own numbers; "inductor" compiles; "auto" is eager, and compiled from
+        some moment on where that pays: see ``auto``.
         trace: False for no block: simply the module's output.  invoker_args: more keyword arguments.
         scan, validate, debug: accepted; every block is checked line by line as it is written, and errors are raised
         there.
@@ -243,13 +255,14 @@ class Model(View):
         It shares everything with the module but its call, which makes the edits: ``state_dict``, ``.to``, ``.eval``,
         ``isinstance``, and, of a model of transformers, ``generate`` and pipelines. Each signature is captured and
         compiled at its first call, for all sizes.
-        backend: "inductor", or "eager" for the module's own bits. Where gradients are wanted it runs eagerly.
+        backend: "inductor", or "eager" for the module's own bits, or "auto", as for ``trace``. Where gradients are
+        wanted it runs eagerly.
 
         Raises: TraceError for an unknown backend.
         """
         if backend not in BACKENDS:
             raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
-        return drop_in(self._captures, self.edits, "inductor" if backend == "inductor" else "eager")
+        return drop_in(self._captures, self.edits, backend)
 
     def fold_edits(self, *args: Any, **kwargs: Any) -> nn.Module:
         """A copy of the module with the edits in its weights, where that is exact: see ``fold``; to be saved as one.

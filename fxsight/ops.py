@@ -21,8 +21,9 @@ from fxsight.facts import Facts
 from fxsight.look import NOTHING_CAPTURED, Look, in_words
 from fxsight.query import Query, WantedDim
 from fxsight.selectors import Selector
-from fxsight.show import Text, body_text, empty_text, operation_text, table_text
+from fxsight.show import body_text, empty_text, operation_text, table_text
 from fxsight.spec import Dim
+from fxsight.text import Text
 
 if TYPE_CHECKING:
     from fxsight.model import Model

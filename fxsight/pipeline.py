@@ -11,6 +11,7 @@ from fxsight.passes.expand_mutations import ExpandMutations
 from fxsight.passes.joint_gradient import JointGradient
 from fxsight.passes.narrow_columns import NarrowColumns
 from fxsight.passes.narrow_reads import NarrowReads
+from fxsight.passes.open_stages import OpenStages
 from fxsight.passes.skip_overwritten import SkipOverwritten
 from fxsight.passes.use_known import UseKnown
 from fxsight.passes.weave import Weave
@@ -68,6 +69,9 @@ def sources_pipeline(asked: Intervention) -> Pipeline:
     return Pipeline(Weave(asked, keeps=True), DropUnused(), EraseBoundaries())
 
 
-def cell_pass(asked: Intervention) -> Pass:
-    """The same up to where order begins to matter: for one cell of a sweep, whose program is then cut into parts."""
-    return Together((Weave(asked), SkipOverwritten(), DropUnused(), EraseBoundaries()))
+def cell_pass(asked: Intervention, everywhere: bool = False) -> Pass:
+    """The same up to where order begins to matter: for one cell of a sweep, whose program is then cut into parts.
+
+    everywhere: whether all its stages are opened.
+    """
+    return Together((Weave(asked), SkipOverwritten(), DropUnused(), EraseBoundaries(), OpenStages(everywhere)))

@@ -18,8 +18,8 @@ from fxsight.grid import Grid, Labels, cells_of
 from fxsight.lines import user_line
 from fxsight.parts import Group, run_groups
 from fxsight.progress import Progress
-from fxsight.show import Text
 from fxsight.spec import TensorSpec
+from fxsight.text import Text
 from fxsight.together import BUDGET, Together
 from fxsight.tree import Tree
 

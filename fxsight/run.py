@@ -12,16 +12,19 @@ from torch import nn
 
 from fxsight.accumulate import apart, fill, without_leaves
 from fxsight.artifacts import Artifacts
+from fxsight.auto import Auto, Tier
 from fxsight.custom import custom_nodes, lost_results, refuse_backward
 from fxsight.errors import InputError, TraceError
 from fxsight.fewer import Fewer
 from fxsight.functional import Functional
 from fxsight.leave import Leaving
-from fxsight.lower import Lowering, Tier, keeping
+from fxsight.lower import Lowering, keeping
 from fxsight.narrowed import Narrowed
 from fxsight.node import Fixed
 from fxsight.program import Program
 from fxsight.sizes import AGAIN, bind_sizes, given_text
+from fxsight.text import Text
+from fxsight.tolerance import Difference
 from fxsight.tree import Tree, flatten
 from fxsight.watch import kinds
 
@@ -37,6 +40,7 @@ class Executable:
     keeps: whether the last results are the caches that the call is given, as it leaves them.
     narrowed: what runs instead where this program would give other bits.  fewer: what computes fewer rows and gives the
     same bits; runs where nothing requires gradients, which reach all rows.
+    auto: what runs it where ``tier`` says how it begins.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Executable:
         keeps: bool = False,
         narrowed: Narrowed | None = None,
         fewer: Fewer | None = None,
+        auto: Auto | None = None,
     ) -> None:
         self.program, self.module, self._narrowed, self._fewer = program, module, narrowed, fewer
         self.constants = list(constants)
@@ -68,7 +73,7 @@ class Executable:
         self._constants = [(i, int(b.key)) for i, b in bindings if b.kind == "constant"]
         self._plain, self._filled = without_leaves(program)
         self._is_joint = is_joint
-        self._lowering = Lowering(self._plain, tier, fixed, artifacts or Artifacts())
+        self._lowering = Lowering(self._plain, tier, fixed, artifacts or Artifacts(), auto)
         self._lost = () if is_joint else lost_results(self._plain)
         self._left = len(program.book.left) if keeps else 0
         self._leave = Leaving(program)
@@ -87,8 +92,17 @@ class Executable:
 
     @property
     def tier(self) -> Tier:
-        """How it runs: "eager" or "inductor"."""
+        """How it runs: "eager" or "inductor"; with ``backend="auto"`` how it has run the last time."""
         return self._lowering.tier
+
+    @property
+    def difference(self) -> Difference | None:
+        """How far compiled results were from the exact ones, where ``backend="auto"`` has computed both."""
+        return self._lowering.difference
+
+    def explain(self) -> Text:
+        """How it runs, and with ``backend="auto"`` how often in each tier, what was compared, what is in the way."""
+        return Text(self._lowering.explain())
 
     def compile_whole(self) -> None:
         """From the next run on, run the program compiled in one piece, and not region by region.

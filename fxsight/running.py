@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,6 +14,7 @@ from torch import fx
 from fxsight import _torch
 from fxsight.address import Address
 from fxsight.asked import asked_in_all, demanded, results_of
+from fxsight.auto import Backend, Tier
 from fxsight.become import become
 from fxsight.captures import Captures
 from fxsight.context import here
@@ -37,9 +38,6 @@ from fxsight.sizes import holds
 from fxsight.tree import flatten, plain_leaves
 from fxsight.value import Value, check_usable, values_in
 from fxsight.walk import Walk
-
-Backend = Literal["auto", "eager", "inductor"]
-BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")
 
 
 class Running:
@@ -71,7 +69,9 @@ class Running:
         session = here().session
         given: Call | None = session.example(call) if session and call is not None else call
         self._batch = Batch([] if given is None else [inputs.prepare(*given)], given is None, inputs)
-        self._backend: Backend = backend
+        # what a session computes together runs op by op
+        self._backend: Backend = "eager" if backend == "auto" and session is not None else backend
+        self._ran: Tier | None = None  # how the values were computed
         self._known: dict[str, torch.Tensor] = {}
         self._differentiates = torch.is_grad_enabled()
         self._executable: Executable | None = None
@@ -162,7 +162,16 @@ class Running:
     @property
     def tier(self) -> str:
         """How the values were computed: "eager" or "inductor"."""
-        return self.program.tier
+        program = self.program
+        return self._ran or program.tier
+
+    def _compute(
+        self, executable: Executable, leaves: Sequence[Any], constants: Sequence[torch.Tensor], call: Any
+    ) -> Sequence[Any]:
+        """The results of a program of this block."""
+        results = executable.run(leaves, constants, call)
+        self._ran = executable.tier
+        return results
 
     def run(self, wanted: Sequence[Value]) -> None:
         """Compute what was saved, and some values besides; they become plain tensors."""
@@ -188,11 +197,13 @@ class Running:
     def run_asked(self) -> None:
         """Compute what ``ask`` has found."""
         known = [*self._written.constants, *self._known.values()]
-        shared = self.captures.executable(self._captured, self._asked, [], self._tier(), self._sizes, self._use_known())
+        shared = self.captures.executable(
+            self._captured, self._asked, [], self._backend, self._sizes, self._use_known()
+        )
         self._executable = shared.bound(known, bool(self._known))
         self._recorder_done()
         self._made(self._executable)
-        self._fill(self._executable.run(self.inputs, known, self._batch.joined))
+        self._fill(self._compute(self._executable, self.inputs, known, self._batch.joined))
 
     def _made(self, executable: Executable) -> None:
         """A program is there, and about to run for the first time."""
@@ -232,9 +243,9 @@ class Running:
             )
         constants = self._written.constants
         if not holds(self.program.program, sizes):  # gradients are written out for some sizes
-            shared = self.captures.executable(self._captured, self._asked, [], self._tier(), sizes)
+            shared = self.captures.executable(self._captured, self._asked, [], self._backend, sizes)
             self._executable = shared.bound(constants, False)
-        return self._fill(self.program.run(flatten(call)[0], constants, call))
+        return self._fill(self._compute(self.program, flatten(call)[0], constants, call))
 
     def _fill(self, results: Sequence[torch.Tensor]) -> None:
         """Each saved value becomes its tensor, each tensor of the user's that was changed its new value."""
@@ -250,9 +261,6 @@ class Running:
         for number, new in zip(self._updates, results[len(results) - len(self._updates) :], strict=True):
             with torch.no_grad():
                 constants[number].copy_(new)
-
-    def _tier(self) -> Literal["eager", "inductor"]:
-        return "inductor" if self._backend == "inductor" else "eager"
 
     def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
         """The numbers of some nodes, now."""

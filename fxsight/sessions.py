@@ -18,7 +18,7 @@ from fxsight.errors import TraceError
 from fxsight.item import Elements, Item, evaluate
 from fxsight.loop import Condition, Loop, Statement
 from fxsight.shared import SHARED, Sharing, Terms
-from fxsight.show import Text
+from fxsight.text import Text
 from fxsight.tracer import Tracer
 from fxsight.value import Value, values_in
 

@@ -30,7 +30,7 @@ from fxsight.numbering import has_effects
 from fxsight.own_memory import own_memory
 from fxsight.parts import Group, identity, run_groups
 from fxsight.program import Program
-from fxsight.show import Text
+from fxsight.text import Text
 from fxsight.together import BUDGET
 from fxsight.tracer import Tracer
 from fxsight.tree import flatten

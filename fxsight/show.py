@@ -14,18 +14,9 @@ from fxsight.libraries import Libraries
 from fxsight.look import NOTHING_CAPTURED, Body, Look, has_forward, in_words
 from fxsight.program import Program
 from fxsight.sites import Site
-from fxsight.text import node_line
+from fxsight.text import Text, node_line
 
 NOT_EXECUTED = "not executed"
-
-
-class Text(str):
-    """A string that a REPL and a notebook show as it is printed."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def body_text(body: Body, address: Address, operators: bool) -> Text:

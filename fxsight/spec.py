@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import sympy
@@ -157,6 +157,17 @@ def _dim(value: Any, names: Mapping[Any, sympy.Symbol]) -> Dim:
 
 def _rename(expr: Any, names: Mapping[Any, sympy.Symbol]) -> Any:
     return expr.xreplace({s: names.get(s) or symbol(str(s)) for s in expr.free_symbols})
+
+
+def renamed(spec: Any, names: Mapping[str, str]) -> Any:
+    """A spec with the memory it may share under another name."""
+    if isinstance(spec, tuple):
+        return tuple(renamed(part, names) for part in spec)
+    if not isinstance(spec, TensorSpec):
+        return spec
+    name, bracket, rest = spec.storage.partition("[")
+    known = names.get(spec.storage) or (f"{names[name]}{bracket}{rest}" if name in names else spec.storage)
+    return replace(spec, storage=known)
 
 
 _TENSOR = re.compile(r"(?P<dtype>\w+)\[(?P<shape>.*)\]")

@@ -49,7 +49,7 @@ class Statements(Running):
     @property
     def is_eager(self) -> bool:
         """Whether it runs op by op."""
-        return self._tier() == "eager"
+        return self._backend == "eager"
 
     def do_read(self, address: Address, port: str) -> Any:
         """A read, written down."""

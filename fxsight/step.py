@@ -11,6 +11,8 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
+from fxsight.ahead import SMALL
+from fxsight.auto import Backend
 from fxsight.become import become
 from fxsight.book import SizeRef
 from fxsight.captures import Captures
@@ -31,15 +33,12 @@ from fxsight.record import Recorder
 from fxsight.rehearsal import Known
 from fxsight.rows import Call, Rows
 from fxsight.run import Executable
-from fxsight.running import Backend
 from fxsight.sizes import bind_sizes
 from fxsight.spec import parse_dims
 from fxsight.tracer import Tracer
 from fxsight.tree import flatten
 from fxsight.value import Value, not_saved
 from fxsight.walk import Walk
-
-SMALL = 256  # nodes of a program that Inductor compiles in one piece about as quickly as in regions
 
 
 class Around(Protocol):

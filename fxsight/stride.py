@@ -152,7 +152,8 @@ class _Survey:
     def _before(self, node: fx.Node) -> list[Any]:
         """The arguments of the same node in the model as it is."""
         was = self.captured.nodes.get(node.name)
-        found = _leaves(was) if was is not None and was.target is node.target else []
+        same = was is not None and was.target is node.target and origin_of(was).time == origin_of(node).time
+        found = _leaves(was) if was is not None and same else []
         return found if len(found) == len(_leaves(node)) else [None] * len(_leaves(node))
 
     def _lift(self, given: fx.Node, was: Any) -> Lift | None:

@@ -16,6 +16,7 @@ from fxsight.functions import ATTRIBUTES, find_function, function_name
 from fxsight.gradient import FUNCTIONS
 from fxsight.mutate import mutate
 from fxsight.spread import spread, spread_columns
+from fxsight.stage import Stage, Table
 
 Target = Callable[..., Any]
 
@@ -29,6 +30,8 @@ def target_name(target: Any) -> str:
     """
     if target in _OWN.values():
         return str(target.__name__)
+    if isinstance(target, (Stage, Table)):
+        return target.title
     name = str(getattr(target, "__name__", ""))
     return name if FUNCTIONS.get(name) is target else function_name(target)
 

@@ -38,6 +38,15 @@ from fxsight.targets import argument_text, target_name
 from fxsight.tree import Tree
 
 
+class Text(str):
+    """A string that a REPL and a notebook show as it is printed."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 @dataclass(frozen=True)
 class Header:
     """What the text says of a program besides its nodes; fields as in ``Program``."""

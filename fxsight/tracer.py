@@ -123,7 +123,7 @@ class Tracer(Statements):
     def _run_finished(self, walk: Walk, finish: Finish) -> None:
         """The body has gone a known way to its end: run the program that is there."""
         self._finished, self._constants = finish, walk.constants(finish)
-        results = finish.executable.run(self.inputs, self._constants, self._batch.joined)
+        results = self._compute(finish.executable, self.inputs, self._constants, self._batch.joined)
         values = walk.values
         for index, place in finish.results:
             become(values[index], results[place])
@@ -137,7 +137,7 @@ class Tracer(Statements):
         self._inputs.check(found.program, self._batch.joined)
         self._captured = self._base = found.program
         self._sizes = found.sizes
-        self._walk = Walk(self, found.root(user_line(), self._tier(), torch.is_grad_enabled()), found.watch.names)
+        self._walk = Walk(self, found.root(user_line(), self._backend, torch.is_grad_enabled()), found.watch.names)
         if here().session is not None or self._batch.grows:
             self._walk.leave()
         self._replay_all()

@@ -15,16 +15,42 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsight.compiled import Lowered
+from fxsight.artifacts import Artifacts
+from fxsight.compiled import Lowered, by_regions
 from fxsight.editor import copy_graph
 from fxsight.node import binding_of
 from fxsight.program import Program
+from fxsight.regions import Region, cut, whole
 from fxsight.spec import SizeSpec, TensorSpec
 
 KEPT = 64  # compiled programs for numbers that a compiler must see
 _DTYPES = {int: torch.int64, float: torch.float64}
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _GET, _SET = torch.Tensor.__getitem__, torch.Tensor.__setitem__
+
+
+def compile_for(
+    program: Program, arguments: Sequence[Any], fixed: Mapping[str, int], artifacts: Artifacts, is_whole: bool = False
+) -> Lowered:
+    """The program compiled, for the sizes and numbers of these arguments at least.
+
+    fixed: sizes that it holds for alone.  is_whole: in one piece, not by regions.
+
+    Raises: InputError where a size depends on numbers; NotReady where the artifacts may not be made.
+    """
+
+    def compile_it(each: Program, given: Sequence[Any]) -> Lowered:
+        return by_regions(each, given, fixed, artifacts, _one if is_whole else cut)
+
+    if not number_places(program):
+        return compile_it(program, arguments)
+    made = Varying(program, compile_it)
+    made.find(arguments)
+    return made
+
+
+def _one(program: Program) -> Sequence[Region]:
+    return [whole(program)]
 
 
 def number_places(program: Program) -> tuple[int, ...]:
@@ -49,11 +75,27 @@ class Varying:
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """The results; compiled at the first call, and for each number that a compiler must see."""
+        given = self._given(arguments)
+        lowered = self._made.get(self._key(arguments))
+        return (self._find(arguments, given) if lowered is None else lowered)(*given)
+
+    @property
+    def seen(self) -> frozenset[int]:
+        """The placeholders whose numbers what is compiled has written into it."""
+        return self._seen
+
+    def find(self, arguments: Sequence[Any]) -> Lowered:
+        """What takes the numbers of these arguments as tensors: compiled now, if nothing does.
+
+        Raises: InputError where a size depends on numbers.
+        """
+        return self._made.get(self._key(arguments)) or self._find(arguments, self._given(arguments))
+
+    def _given(self, arguments: Sequence[Any]) -> list[Any]:
         given = list(arguments)
         for i in self._places:
             given[i] = torch.tensor(arguments[i], dtype=_DTYPES[type(arguments[i])], device="cpu")
-        lowered = self._made.get(self._key(arguments))
-        return (self._find(arguments, given) if lowered is None else lowered)(*given)
+        return given
 
     def _key(self, arguments: Sequence[Any]) -> tuple[str, ...]:
         return tuple(repr(arguments[i]) for i in self._places if i in self._seen)

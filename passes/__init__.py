@@ -11,6 +11,7 @@ from fxsight.passes.joint_gradient import JointGradient as JointGradient
 from fxsight.passes.narrow_columns import NarrowColumns as NarrowColumns
 from fxsight.passes.narrow_reads import NarrowReads as NarrowReads
 from fxsight.passes.open_fused import OpenFused as OpenFused
+from fxsight.passes.open_stages import OpenStages as OpenStages
 from fxsight.passes.skip_overwritten import SkipOverwritten as SkipOverwritten
 from fxsight.passes.use_known import UseKnown as UseKnown
 from fxsight.passes.weave import Weave as Weave
@@ -25,6 +26,7 @@ PASSES: tuple[type[Pass], ...] = (
     SkipOverwritten,
     DropUnused,
     EraseBoundaries,
+    OpenStages,
     NarrowReads,
     NarrowColumns,
     ExpandMutations,

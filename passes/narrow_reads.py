@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,6 +96,17 @@ class NarrowReads(Pass):
 
 def moves(graph: fx.Graph, asked: NarrowReads) -> list[Move]:
     """What the pass changes, last operator first: a read that has moved up is a read of what comes before."""
+    return list(_moves(graph, asked).values())
+
+
+def read_in_part(graph: fx.Graph, values: Iterable[fx.Node]) -> list[fx.Node]:
+    """The values, of some, of which only some rows are read."""
+    found, saved = _moves(graph, NarrowReads()), set(output_node(graph).all_input_nodes)
+    some = [value for value in values if value.users and is_tensor(value) and value not in saved]
+    return [value for value in some if all(_reading(user, value, found) for user in value.users)]
+
+
+def _moves(graph: fx.Graph, asked: NarrowReads) -> dict[fx.Node, Move]:
     calls = [node for node in graph.nodes if node.op == "call_function"]
     changed = mutated_storages(calls)
     saved = set(output_node(graph).all_input_nodes)
@@ -108,7 +119,7 @@ def moves(graph: fx.Graph, asked: NarrowReads) -> list[Move]:
             continue
         if not storages(node).union(*map(storages, node.all_input_nodes)) & changed:
             found[node] = move
-    return list(found.values())
+    return found
 
 
 def _move_of(node: fx.Node, rows: int, found: Mapping[fx.Node, Move]) -> Move | None:

@@ -15,9 +15,9 @@ from transformers import LogitsProcessorList, StoppingCriteria
 
 import fxsight
 from fxsight import LanguageModel
+from fxsight.ahead import SMALL
 from fxsight.errors import CausalityError, FirstCallWarning, NotSavedError, TraceError
 from fxsight.run import Executable
-from fxsight.step import SMALL
 from tests.generating import GREEDY, IDS, Stream, gpt2, hf, hooked, keep
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxsight.running import Backend
+from fxsight.auto import Backend
 from tests.bench import hooks, models
 from tests.bench.case import (
     BARE,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsight.auto import Backend
 from fxsight.language import LanguageModel
-from fxsight.running import Backend
 from tests.bench import models
 from tests.bench.case import BARE, HOOKS, INDUCTOR, TRACE, Bench, Case, Workload, say
 from tests.bench.report import Table, paired_table

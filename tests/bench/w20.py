@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsight.running import Backend
+from fxsight.auto import Backend
 from tests.bench import hooks, models
 from tests.bench.case import BARE, CAREFUL, HOOKS, INDUCTOR, TRACE, Bench, Case, Workload
 from tests.bench.language import early_block

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxsight.auto import Backend
 from fxsight.model import Model
-from fxsight.running import Backend
 from tests.bench import hooks, models
 from tests.bench.case import CAREFUL, HOOKS, INDUCTOR, TRACE, Bench, Case, Workload
 from tests.bench.grid import Task

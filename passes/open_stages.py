@@ -1,0 +1,92 @@
+"""``OpenStages``: the operators of a stage, where it is not enough that it is one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxsight.editor import Editor
+from fxsight.node import Binding, binding_of
+from fxsight.passes.narrow_reads import read_in_part
+from fxsight.rewrite import Pass
+from fxsight.spec import renamed
+from fxsight.stage import Stage
+
+
+@dataclass(frozen=True)
+class OpenStages(Pass):
+    """Put the operators of a stage into its place, where only some rows of its results are read, or everywhere.
+
+        stage = after(table, x)                                        # f32[batch, length, 96]
+        last = torch.Tensor.__getitem__(stage, (slice(None), -1))      # f32[batch, 96]
+    becomes
+        norm = aten.layer_norm.default(x, [8])                         # f32[batch, length, 8]
+        logits = aten.linear.default(norm, weight)                     # f32[batch, length, 96]
+        last = torch.Tensor.__getitem__(logits, (slice(None), -1))     # f32[batch, 96]
+
+    everywhere: also where all is read.
+
+    Safe: a stage is nothing but these operators in this order.
+    """
+
+    everywhere: bool = False
+
+    def rewrite(self, editor: Editor) -> None:
+        """The last first: when it is open, it may be seen that the one before it is read in part, too."""
+        while stages := list(self._wanted(editor)):
+            for stage in stages:
+                _open(editor, stage)
+
+    def _wanted(self, editor: Editor) -> Iterator[fx.Node]:
+        stages = [node for node in editor.calls() if isinstance(node.target, Stage)]
+        if self.everywhere:
+            return iter(stages)
+        values = {value: stage for stage in stages for value in _values(stage)}
+        return iter(dict.fromkeys(values[value] for value in read_in_part(editor.graph, values)))
+
+
+def _values(stage: fx.Node) -> Iterable[fx.Node]:
+    """What a stage gives."""
+    return list(stage.users) if stage.meta["spec"] == () else [stage]
+
+
+def _open(editor: Editor, node: fx.Node) -> None:
+    stage: Any = node.target
+    values: list[Any] = list(node.args)
+    table = values.pop(0)
+    places = [inner for inner in stage.graph.nodes if inner.op == "placeholder"]
+    made: dict[fx.Node, Any] = {place: _fixed(editor, place) for place in places[: stage.given]}
+    made |= dict(zip(places[stage.given :], values, strict=True))
+    names = {s: t for place, value in made.items() for s, t in _pairs(place, value)}
+    outer = {user.args[1]: user for user in node.users} if node.meta["spec"] == () else {0: node}
+    names |= {s: t for number, value in outer.items() for s, t in _pairs(stage.results[number], value)}
+    for inner in stage.graph.nodes:
+        if inner.op == "call_function":
+            with editor.graph.inserting_before(node):
+                made[inner] = editor.adopt(inner, made.__getitem__)
+            names.setdefault(inner.name, made[inner].name)
+            made[inner].meta["spec"] = renamed(inner.meta["spec"], names)
+    for number, value in outer.items():
+        editor.replace(value, made[stage.results[number]])
+        if value is not node:
+            editor.erase(value)
+    editor.erase(node)
+    if not table.users:
+        editor.erase(table)
+
+
+def _fixed(editor: Editor, place: fx.Node) -> fx.Node:
+    """The placeholder of a weight or a literal."""
+    binding: Binding = binding_of(place)
+    known = (n for n in editor.graph.nodes if n.op == "placeholder" and binding_of(n) == binding)
+    return next(known, None) or editor.placeholder(place.name, binding, place.meta["spec"])
+
+
+def _pairs(one: fx.Node, other: Any) -> Iterable[tuple[str, str]]:
+    """The names of the same memory: as a stage says it, and as the program does."""
+    specs = one.meta.get("spec"), other.meta.get("spec") if isinstance(other, fx.Node) else None
+    storages = [getattr(spec, "storage", None) for spec in specs]
+    return [] if None in storages else [tuple(storages)]  # type: ignore[list-item]
