@@ -109,6 +109,8 @@ class Artifacts:
         return found
 
     def _compile(self, region: Canonical) -> Artifact:
+        if _is_fused(region):
+            self.check_may_compile()
         module, example, results, fakes = traced(region)
         has_tensors = any(isinstance(spec, TensorSpec) for spec in results)
         if not has_tensors or any(map(is_random, region.graph.nodes)):
@@ -137,6 +139,12 @@ class Artifacts:
                 self._files.used(path)
             return found
         return None
+
+
+def _is_fused(region: Canonical) -> bool:
+    """Whether there is certainly something for a compiler in it; to be asked before it is traced."""
+    returned: Any = region.graph.output_node().args[0]
+    return any(node.meta.get("is_tensor") for node in returned) and not any(map(is_random, region.graph.nodes))
 
 
 def _refuse(module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from threading import local
 from typing import Any, Literal
 
 import torch
@@ -55,7 +56,7 @@ class Auto:
 
     program: runs op by op.  fixed: sizes that it holds for alone.  workers: None where nothing is to be compiled.
     compiles: makes the program that is compiled, of the same placeholders and results.
-    tier: of the last run.  difference: the largest that was found; None before.
+    tier: of the last run, in this thread.  difference: the largest that was found; None before.
     why: what keeps it from being compiled.  is_whole: whether it is compiled in one piece.
     raced: what came of one piece against regions.
     """
@@ -68,7 +69,7 @@ class Auto:
         workers: Workers | None,
         compiles: Callable[[], Program],
     ) -> None:
-        self.tier: Tier = "eager"
+        self._told = local()  # how this thread has run it the last time
         self.difference: Difference | None = None
         self.is_whole, self.raced = False, ""
         self._program, self._compiles = program, compiles
@@ -83,6 +84,12 @@ class Auto:
             self._rule, self._ahead = workers.rule, Ahead(self._twin, fixed, artifacts, workers)
             self._use["eager"].due = self._rule.after
 
+    @property
+    def tier(self) -> Tier:
+        """How it has run the last time."""
+        found: Tier = getattr(self._told, "tier", "eager")
+        return found
+
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """The results of one run."""
         if self._compiled is not None:
@@ -91,7 +98,7 @@ class Auto:
                 return found
         start = time.perf_counter()
         results = self._eager(*arguments)
-        self.tier = "eager"
+        self._told.tier = "eager"
         if self._use["eager"].add(time.perf_counter() - start):
             self._look(arguments, results)
         return results
@@ -119,7 +126,7 @@ class Auto:
             self._eager(*arguments)  # where this raises, too, that is the error
             self._stop(f"what is compiled has failed: {first_line(error)}")
             return None
-        self.tier = "inductor"
+        self._told.tier = "inductor"
         if self._use["inductor"].add(time.perf_counter() - start):
             self._look_whole(compiled, arguments)
         return results

@@ -87,6 +87,7 @@ def canonical(
     for i, node in enumerate(region.nodes):
         args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
         made[node] = graph.create_node("call_function", node.target, args, kwargs, f"n{i}")
+        made[node].meta["is_tensor"] = isinstance(node.meta.get("spec"), TensorSpec)
     graph.output(tuple(made[node] for node in region.outputs))
     examples = {f"s{i}": sizes[name] for i, name in enumerate(names)}
     held = [str(g.xreplace(new)) for g in guards if {s.name for s in g.free_symbols} <= set(names)]

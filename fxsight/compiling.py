@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fxsight.errors import FxsightWarning
-from fxsight.job import read_job
 
 
 def main(path: str, parent: str, seconds: str) -> None:
@@ -24,6 +23,8 @@ def main(path: str, parent: str, seconds: str) -> None:
     Raises: what keeps it from being compiled or kept.
     """
     _watch(int(parent), time.monotonic() + float(seconds))
+    from fxsight.job import read_job  # torch, which takes seconds: watched already
+
     try:
         os.nice(10)
         warnings.simplefilter("error", FxsightWarning)  # a folder that cannot be written

@@ -128,14 +128,15 @@ def test_what_is_damaged_or_foreign_is_made_again(
     assert (kept.made, kept.read) == (1, 0) and not file.exists()
 
 
-def test_a_file_of_another_torch_is_not_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "environment", lambda: {**environment(), "torch": "0.1"})
+@pytest.mark.parametrize("what", ["torch", "fxsight", "python", "settings", "processor", "capability", "devices"])
+def test_a_file_of_another_version_is_not_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.setattr(artifacts, "environment", lambda: {**environment(), what: "another"})
     kept = Artifacts(folder, op_by_op)
     torch.testing.assert_close(answer(kept), EXPECTED)
     assert (kept.made, kept.read) == (1, 0)
 
 
-@pytest.mark.parametrize("change", ["threads", "precision"])
+@pytest.mark.parametrize("change", ["threads", "precision", "dtype"])
 def test_settings_of_torch_are_told_apart(change: str) -> None:
     kept = Artifacts(compiler=op_by_op)
     answer(kept)
@@ -143,12 +144,15 @@ def test_settings_of_torch_are_told_apart(change: str) -> None:
     try:
         if change == "threads":
             torch.set_num_threads(threads + 1)
-        else:
+        elif change == "precision":
             torch.set_float32_matmul_precision("medium")
+        else:
+            torch.set_default_dtype(torch.float64)
         answer(kept)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+        torch.set_default_dtype(torch.float32)
     answer(kept)
     assert kept.made == 2
 

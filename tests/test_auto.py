@@ -6,6 +6,7 @@ Inductor by a compiler whose results are a stated bit off.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,21 @@ def test_op_by_op_then_compared_then_compiled(case: Case) -> None:
     assert len(case.start.jobs) == 1
     assert case.told.splitlines()[:2] == [line for line in case.told.splitlines() if "runs" in line]
     assert "eager: 4 runs" in case.told and "inductor: 1 runs" in case.told and str(measured) in case.told
+
+
+def test_each_thread_is_told_the_tier_of_its_own_results(case: Case) -> None:
+    for _ in range(3):
+        case(rows())
+    tiers = list[str]()
+
+    def other() -> None:
+        case.tracer.program(rows(7))
+        tiers.append(case.tracer.program.tier)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert tiers == ["eager"] and case.tracer.program.tier == "inductor"
 
 
 def test_nothing_is_compiled_before_it_has_run_for_long(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from tests.bench import (
+    background,
     eap,
     edited,
     grid_memory,
@@ -41,6 +42,7 @@ WORKLOADS: Sequence[Workload] = (
     startup.COMPILE,
     memory.WORKLOAD,
     regions.WORKLOAD,
+    background.WORKLOAD,
     edited.WORKLOAD,
     w1.WORKLOAD,
     sweeps.W2,
