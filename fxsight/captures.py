@@ -41,6 +41,7 @@ from fxsight.pipeline import LESS, demand_pipeline, joint_for, pipeline_for, wov
 from fxsight.place import Places
 from fxsight.program import Program
 from fxsight.progress import Progress
+from fxsight.refit import check_writes
 from fxsight.rename import Aliases
 from fxsight.run import Executable, Weights
 from fxsight.served import Served
@@ -252,7 +253,7 @@ class Captures:
         found = self._executables.get(key)
         if found is None:
 
-            def make(wanted: Intervention) -> Executable:
+            def finish(wanted: Intervention) -> Executable:
                 if joint is not None and backend != "inductor":
                     return self._with_gradients(program, wanted, constants, joint)
                 narrow = LESS if backend == "inductor" else None
@@ -261,6 +262,9 @@ class Captures:
                     return self._automatic(program, finished, wanted, constants)
                 fewer = self._fewer(finished, wanted) if backend == "eager" else None
                 return self._executable(finished, wanted, constants, backend, fewer=fewer)
+
+            def make(wanted: Intervention) -> Executable:
+                return finish(wanted).checking(partial(check_writes, wanted, program, self.places(program).rules))
 
             with waiting():
                 found = self._served.find((id(program), backend), asked, make) if joint is None else make(asked)

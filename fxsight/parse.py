@@ -327,6 +327,8 @@ def _spec(text: str, extras: Mapping[str, Any], name: str) -> Spec:
     if text.startswith("("):
         members = _split(text[1:-1])
         parts = extras.get("parts", [{}] * len(members))
+        if not isinstance(parts, list) or len(parts) != len(members) or not all(isinstance(p, dict) for p in parts):
+            raise TextError(f"the note of {name} has {len(members)} members, and says this of them: {parts!r}")
         return tuple(_spec(m, p, f"{name}[{i}]") for i, (m, p) in enumerate(zip(members, parts, strict=True)))
     return _tensor(text, extras, name)
 

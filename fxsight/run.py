@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -61,6 +61,7 @@ class Executable:
         self.program, self.module, self._narrowed, self._fewer = program, module, narrowed, fewer
         self.constants = list(constants)
         self.decided = False
+        self._holds: Callable[[Mapping[str, int], Sequence[Any]], None] | None = None
         self._numbers: tuple[int | float, ...] = ()
         self._fitting: set[Any] = set()  # kinds of inputs that have been checked
         self._lock = nullcontext() if lock is None else lock
@@ -87,8 +88,24 @@ class Executable:
     def with_numbers(self, numbers: Sequence[int | float]) -> Executable:
         """The same program with numbers for the last of its constants."""
         own = copy.copy(self)
-        own._numbers = tuple(numbers)
+        own._numbers, own._fitting = tuple(numbers), set()
         return own
+
+    def checking(self, holds: Callable[[Mapping[str, int], Sequence[Any]], None]) -> Executable:
+        """This program; ``holds`` is asked for sizes that are new, and the numbers that vary.
+
+        It raises InputError where the body does not hold for them.
+        """
+        self._holds = holds
+        return self
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Whether what the body writes has the shapes of its places at these sizes.
+
+        Raises: InputError.
+        """
+        if self._holds is not None:
+            self._holds(sizes, self._numbers)
 
     @property
     def tier(self) -> Tier:
@@ -156,7 +173,9 @@ class Executable:
             )
         same = kinds(leaves)
         if same is None or same not in self._fitting:
-            self._check_fixed(leaves, bind_sizes(self.program, leaves))
+            sizes = bind_sizes(self.program, leaves)
+            self._check_fixed(leaves, sizes)
+            self.check(sizes)
             if len(self._fitting) >= REMEMBERED:
                 self._fitting.clear()
             self._fitting.add(same)
@@ -182,8 +201,8 @@ class Executable:
         for name, value in self.fixed.items():
             if sizes.get(name, value) != value:
                 raise InputError(
-                    f"the body looked at sizes, so its program holds for {name} = {value}, "
-                    f"not {sizes[name]}; trace again"
+                    "the body looked at sizes, or uses a tensor of that size, so its program holds for "
+                    f"{name} = {value}, not {sizes[name]}; trace again"
                 )
 
     def run(

@@ -242,6 +242,7 @@ class Running:
                 "numbers; write `for item in session.iter(...):`"
             )
         constants = self._written.constants
+        self.program.check(sizes)
         if not holds(self.program.program, sizes):  # gradients are written out for some sizes
             shared = self.captures.executable(self._captured, self._asked, [], self._backend, sizes)
             self._executable = shared.bound(constants, False)

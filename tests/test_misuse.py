@@ -679,7 +679,12 @@ def test_a_program_that_has_looked_at_a_size() -> None:
             (hidden.sum() / hidden.shape[0]).save()
         tracer.program(_x(3))  # here
 
-    _misuse(body, InputError, "the body looked at sizes, so its program holds for batch = 2, not 3; trace again")
+    _misuse(
+        body,
+        InputError,
+        "the body looked at sizes, or uses a tensor of that size, so its program holds for batch = 2, not 3; "
+        "trace again",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- gradients

@@ -402,6 +402,13 @@ def test_damaged_text_is_a_text_error() -> None:
     assert not wrong, "\n".join(sorted(set(wrong)))
 
 
+def test_a_note_with_fewer_parts_than_members() -> None:
+    note = "(f32[2], f32[2])  {parts=[{'stride': '1'}]}"
+    text = _small("y = torch.unbind(x)").replace("unbind(x)    # f32[2]", f"unbind(x)    # {note}")
+    with pytest.raises(TextError, match="the note of y has 2 members, and says this of them"):
+        parse_program(text)
+
+
 def test_damaged_headers_are_text_errors() -> None:
     text, rng = (
         _small("y = torch.add(x, x)").replace("# made", "# sizes: batch >= 1\n# where: Eq(batch, 2)\n# made"),
