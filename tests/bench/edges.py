@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Read = tuple[str, Any, str]  # what is kept for what, the module, its port
 
@@ -49,13 +49,18 @@ def forward(net: Any) -> Tensor:
 
 
 def scores(net: Any, clean: Mapping[str, Any], corrupted: Sequence[Any], gradients: Sequence[Any]) -> Any:
-    """(corrupted - clean) of every source times the gradient at every target: f32[source, target], by one einsum.
+    """(corrupted - clean) of every source times the gradient at every target: f32[source, target], 0 where no edge is.
 
+    For each part of the model one einsum, over what is computed before it.
     clean: sources and streams of the clean run.  corrupted: sources.  gradients: of the clean run's uses.
     """
-    change = _written(net, [b - a for a, b in zip(clean["source"], corrupted, strict=True)])
-    gradient = _read(net, clean["stream"], gradients)
-    return torch.einsum("sn,tn->st", change.flatten(1), gradient.flatten(1))
+    change = _written(net, [b - a for a, b in zip(clean["source"], corrupted, strict=True)]).flatten(1)
+    heads, before, parts = net.config.n_head, 1, list[Any]()
+    for gradient in _read(net, clean["stream"], gradients):
+        found = torch.einsum("sn,tn->st", change[:before], gradient.flatten(1))
+        parts.append(nn.functional.pad(found, (0, 0, 0, len(change) - before)))
+        before += heads if len(found.T) > 1 else 1
+    return torch.cat(parts, 1)
 
 
 def _written(net: Any, changes: Sequence[Any]) -> Any:
@@ -69,24 +74,34 @@ def _written(net: Any, changes: Sequence[Any]) -> Any:
     return torch.cat(parts)
 
 
-def _read(net: Any, streams: Sequence[Any], gradients: Sequence[Any]) -> Any:
-    """The gradient at each target's own reading of the stream, f32[target, batch, position, width]; a head's query, key
-    and value by their columns of the input projection."""
-    parts: list[Any] = []
+def _read(net: Any, streams: Sequence[Any], gradients: Sequence[Any]) -> Iterator[Any]:
+    """The gradient at each target's own reading of the stream, f32[target, batch, position, width], part by part: a
+    layer's heads (query, key and value by their columns of the input projection), its MLP, and at last the logits."""
     for block, i in zip(net.transformer.h, range(0, len(streams) - 1, 2), strict=True):
         weight = block.attn.c_attn.weight.unflatten(-1, (3 * net.config.n_head, -1))
         split = gradients[i].unflatten(-1, (3 * net.config.n_head, -1))
-        parts.append(_before(block.ln_1, streams[i], torch.einsum("bpte,dte->tbpd", split, weight)))
-        parts.append(_before(block.ln_2, streams[i + 1], gradients[i + 1][None]))
-    return torch.cat([*parts, _before(net.transformer.ln_f, streams[-1], gradients[-1][None])])
+        yield _before(block.ln_1, streams[i], split, weight)
+        yield _before(block.ln_2, streams[i + 1], gradients[i + 1])
+    yield _before(net.transformer.ln_f, streams[-1], gradients[-1])
 
 
-def _before(norm: Any, stream: Any, gradient: Any) -> Any:
-    """The gradients before a layer norm, from those after it."""
+def _before(norm: Any, stream: Any, gradient: Any, weight: Any = None) -> Any:
+    """The gradients before a layer norm, f32[target, batch, position, width], from those after it.
+
+    weight: f32[width, target, columns], where each target has gradients at columns of its own after a projection.
+    The norm's weight and the mean that it subtracts are linear, and are taken where fewer numbers are: in the projection.
+    """
     centred = stream - stream.mean(-1, keepdim=True)
     rate = (centred.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt()
-    unit, inner = centred * rate, gradient * norm.weight
-    return (inner - inner.mean(-1, keepdim=True) - unit * (inner * unit).mean(-1, keepdim=True)) * rate
+    unit = centred * rate
+    if weight is None:
+        inner = gradient * norm.weight
+        inner = ((inner - inner.mean(-1, keepdim=True)) * rate)[None]
+    else:
+        scaled = weight * norm.weight[:, None, None]
+        inner = torch.einsum("bpte,dte->tbpd", gradient * rate[..., None], scaled - scaled.mean(0))
+    along = torch.einsum("tbpd,bpd->tbp", inner, unit) / unit.shape[-1]
+    return inner - unit * along[..., None]
 
 
 def shares(found: Tensor, forward: Tensor) -> list[Tensor]:
