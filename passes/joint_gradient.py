@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from fxsight.arrange import arranged
 from fxsight.editor import Editor
 from fxsight.gradient import accumulate, backward
 from fxsight.joint import Joint, trace_joint
@@ -57,7 +58,7 @@ class JointGradient(Pass):
         """Trace, and put the traced operators in the place of all others."""
         if any(n.target is backward for n in editor.graph.nodes):
             joint = trace_joint(editor.graph, self.sizes, self.fixed, self.shared, editor.program.book)
-            _Writer(editor, joint).write()
+            _Writer(editor, joint).write(arranged(joint, self.sizes))
 
 
 class _Writer:
@@ -70,8 +71,8 @@ class _Writer:
         self.storages: dict[int, str] = {}
         self.time = 0.0
 
-    def write(self) -> None:
-        """Operators, results, and the gradients that leaves get."""
+    def write(self, ordered: Sequence[fx.Node]) -> None:
+        """Operators in this order, results, and the gradients that leaves get."""
         editor, joint = self.editor, self.joint
         lines = [origin_of(n) for n in editor.graph.nodes if n.target is backward]
         editor.restart()
@@ -80,8 +81,8 @@ class _Writer:
         for node, place in zip(inner, self.places, strict=True):
             self.made[node] = place
             spec_of(node.meta["val"], joint.names, self.storages, place.name)
-        for node in joint.graph.nodes:
-            if node.op in ("call_function", "get_attr") and (node.op == "get_attr" or "val" in node.meta):
+        for node in ordered:
+            if node.op == "get_attr" or "val" in node.meta:
                 self._copy(node)  # a member that is None has no value
         results = [self.made[n] for n in joint.results]
         for (leaves, gradients), origin in zip(joint.leaves, lines, strict=True):

@@ -89,7 +89,7 @@ def _before(norm: Any, stream: Any, gradient: Any, weight: Any = None) -> Any:
     """The gradients before a layer norm, f32[target, batch, position, width], from those after it.
 
     weight: f32[width, target, columns], where each target has gradients at columns of its own after a projection.
-    The norm's weight and the mean that it subtracts are linear, and are taken where fewer numbers are: in the projection.
+    The norm's weight and the mean that it subtracts are linear: they are taken in the projection, of fewer numbers.
     """
     centred = stream - stream.mean(-1, keepdim=True)
     rate = (centred.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt()

@@ -1,4 +1,4 @@
-"""Peak memory of a grid or of W8, in fresh processes: ``python -m tests.bench.grid_memory w2 "fxsight sweep" small``.
+"""Peak memory of a grid, W8 or EAP, in fresh processes: ``python -m tests.bench.grid_memory w2 "fxsight sweep" small``.
 
 Models, captures, plans and the clean run are there before, and one plain forward; what is shown is what the cells add.
 """
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from tests.bench.timing import Job
 CONTENDERS: dict[str, Sequence[str]] = {
     "w1": (HOOKS, CAREFUL, NNSIGHT, SESSION, SWEEP, FAST),
     **dict.fromkeys(("w2", "w3", "w21"), (HOOKS, NNSIGHT, SWEEP, FAST)),
-    "w8": (HOOKS, CAREFUL, NNSIGHT, TRACE),
+    **dict.fromkeys(("w8", "eap"), (HOOKS, CAREFUL, NNSIGHT, TRACE)),
 }
+GRADIENTS = {"w8": "w8 gpt2 attribution", "eap": "eap gpt2"}  # and what nnsight's job is called
 
 
 def _job(workload: str, contender: str, size: str, net: Any, task: Task) -> Job:
@@ -32,12 +34,16 @@ def _job(workload: str, contender: str, size: str, net: Any, task: Task) -> Job:
     if contender == NNSIGHT:
         from tests.bench.nnsight_jobs import JOBS
 
-        return JOBS["w8 gpt2 attribution" if workload == "w8" else f"{workload} {size}"](False)
+        return JOBS[GRADIENTS.get(workload, f"{workload} {size}")](False)
     from fxsight.model import Model
-    from tests.bench import sweeps, w1, w8
+    from tests.bench import eap, sweeps, w1, w8
 
-    if workload == "w8":
-        kind = w8.Attribution(net, task)
+    if workload in GRADIENTS:
+        kind = (w8.Attribution if workload == "w8" else eap.Edges)(net, replace(task, **_few(task)))
+        if contender == TRACE:  # its programs are there before, as those of sweeps are
+            kind.traced()
+            kind.traced()
+        kind.task = task
         return kind.traced if contender == TRACE else kind.hooked(contender == CAREFUL)
     model = Model(net, cache=False)
     if workload == "w1":
@@ -53,6 +59,11 @@ def _job(workload: str, contender: str, size: str, net: Any, task: Task) -> Job:
     return make(net, model, task)[0][contender]
 
 
+def _few(task: Task) -> dict[str, Any]:
+    """Two prompts of four tokens."""
+    return {"clean": task.clean[:2, :4], "corrupted": task.corrupted[:2, :4]}
+
+
 def _measure(bench: Bench) -> Iterator[Table]:
     size = "small" if bench.options.quick else "gpt2"
     names = list(dict.fromkeys(name for row in CONTENDERS.values() for name in row))
@@ -60,7 +71,7 @@ def _measure(bench: Bench) -> Iterator[Table]:
     for workload, contenders in CONTENDERS.items():
         found = dict.fromkeys(names, "")
         for contender in contenders:
-            if contender == NNSIGHT and (not bench.worker or (workload, size) == ("w8", "small")):
+            if contender == NNSIGHT and (not bench.worker or (size == "small" and workload in GRADIENTS)):
                 continue
             say(f"memory of {workload}: {contender}")
             python = NNSIGHT_PYTHON if contender == NNSIGHT else Path(sys.executable)
@@ -75,7 +86,7 @@ def _measure(bench: Bench) -> Iterator[Table]:
 
 def main() -> None:
     workload, contender, size = sys.argv[1:]
-    with torch.set_grad_enabled(workload == "w8"):
+    with torch.set_grad_enabled(workload in GRADIENTS):
         net: Any = models.MODELS[size]()
         task = Task.of(net, False)
         job = _job(workload, contender, size, net, task)
@@ -87,7 +98,7 @@ def main() -> None:
     print(json.dumps(added))
 
 
-WORKLOAD = Workload("gridmemory", "what W1, W2, W3, W8 and W21 add to the memory (minutes)", _measure, False)
+WORKLOAD = Workload("gridmemory", "what W1, W2, W3, W8, EAP and W21 add to the memory (minutes)", _measure, False)
 
 if __name__ == "__main__":
     main()
