@@ -261,9 +261,10 @@ class Recorder:
     def change(self, location: Location, value: Value) -> None:
         """The location gets the value in place, for all who share its memory; of the shape and dtype it has.
 
-        Raises: CausalityError.
+        In an invoke its rows do.  Raises: CausalityError; WriteError for a location that all rows share.
         """
-        state, node = self._state(location), self.body.node_of(value)
+        written = value if self.rows is None else self._scattered(location, value, self.rows)
+        state, node = self._state(location), self.body.node_of(written)
         self.locations.change(state, node, self.line())
         self.on_edit(location, node)
 

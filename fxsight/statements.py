@@ -75,7 +75,7 @@ class Statements(Running):
     def do_edit(self, edit: Edit) -> None:
         """All statements of an edit, written down."""
         replay(edit, self._written, self.find, self.edits)
-        self._skipped += [(address, None, line) for address, line in edit.skipped]
+        self._skipped += [(address, self._written.rows, line) for address, line in edit.skipped]
 
     def find(self, address: Address) -> tuple[Place, Sequence[Location | None]]:
         """The place of an address, and its locations: one for each leaf of its port."""
