@@ -285,8 +285,7 @@ class Captures:
             self.workers,
             lambda: pipeline_for(asked, narrow=LESS)(program),
         )
-        fewer = self._fewer(finished, asked) if auto.why else None  # what is compiled leaves them out anyway
-        return self._executable(finished, asked, constants, "auto", fewer=fewer, auto=auto)
+        return self._executable(finished, asked, constants, "auto", fewer=self._fewer(finished, asked), auto=auto)
 
     def _with_gradients(
         self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], joint: JointGradient

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from fxsight.artifacts import Artifacts
-from fxsight.auto import Auto, Tier
+from fxsight.auto import Auto, Exact, Tier
 from fxsight.compiled import Lowered, graph_module
 from fxsight.errors import TraceError
 from fxsight.program import Program
@@ -54,7 +54,7 @@ class Lowering:
         self.is_whole = False
         self._tier: Tier = tier
         self._program, self._fixed, self._artifacts = program, dict(fixed), artifacts
-        self._lowered: Lowered | None = auto or (eager(program) if tier == "eager" else None)
+        self._lowered: Lowered | None = eager(program) if tier == "eager" and auto is None else None
 
     @property
     def tier(self) -> Tier:
@@ -73,11 +73,15 @@ class Lowering:
         how = "in one piece" if self.is_whole else "by regions"
         return "eager: op by op" if self._tier == "eager" else f"inductor: compiled {how}, within lower.TOLERANCE"
 
-    def __call__(self, arguments: Sequence[Any]) -> Sequence[Any]:
+    def __call__(self, arguments: Sequence[Any], exact: Exact | None = None) -> Sequence[Any]:
         """The results for one run's placeholders.
+
+        exact: for ``auto``: the same results op by op, sooner; None where nothing does that.
 
         Raises: InputError where a size depends on numbers and the tier is inductor.
         """
+        if self.auto is not None:
+            return self.auto(arguments, exact)
         if self._lowered is None:
             self._lowered = compile_for(self._program, arguments, self._fixed, self._artifacts, self.is_whole)
         return self._lowered(*arguments)

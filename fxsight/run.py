@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -222,8 +223,10 @@ class Executable:
             found: Sequence[Any] = whole.run(leaves, constants, call)
             return found
         arguments = self._arguments(leaves, constants, prepared)
-        fewer = None if self._fewer is None else self._fewer.instead(leaves)
-        if fewer is not None and not (torch.is_grad_enabled() and any(map(_learns, arguments))):
+        exact = None
+        if self._lowering.auto is not None:
+            exact = partial(self._exactly, leaves, constants, arguments)
+        elif (fewer := self._instead(leaves, arguments)) is not None:
             same: Sequence[Any] = fewer.run(leaves, [*constants, *self._numbers], call)
             return same
         if self._is_joint:
@@ -231,7 +234,7 @@ class Executable:
                 results = list(self._lowering(arguments))
             fill(self._filled, arguments, results)
         else:
-            results = list(self._lowering(arguments))
+            results = list(self._lowering(arguments, exact))
             for number, function in self._lost:
                 refuse_backward(results[number], function)
         if not self._left:
@@ -240,6 +243,21 @@ class Executable:
         if call is not None:
             self._leave(call, leaves, left)
         return _own(results, [*arguments, *left])
+
+    def _instead(self, leaves: Sequence[Any], arguments: Sequence[Any]) -> Any:
+        """What computes fewer rows on these inputs, to the same bits."""
+        found = None if self._fewer is None else self._fewer.instead(leaves)
+        return None if found is None or (torch.is_grad_enabled() and any(map(_learns, arguments))) else found
+
+    def _exactly(
+        self, leaves: Sequence[Any], constants: Sequence[torch.Tensor], arguments: Sequence[Any]
+    ) -> Sequence[Any] | None:
+        """The same results op by op from fewer rows; None where nothing is known to do that."""
+        fewer = self._instead(leaves, arguments)
+        if fewer is None:
+            return None
+        found: Sequence[Any] = fewer._lowering(fewer._arguments(leaves, [*constants, *self._numbers]))
+        return found
 
     def run_keeping(self, leaves: Sequence[Any], constants: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Every value that is computed, by name of its node; in the eager tier."""

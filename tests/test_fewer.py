@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import fxsight
 from fxsight import bits, fewer
+from tests.test_auto import Case
 
 VOCABULARY = 5003
 IDS = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -147,3 +149,16 @@ def test_all_that_is_read_of_the_rows_adds_up_as_ever(net: Any) -> None:
         with model.trace(IDS):
             alone = body(layer).save()
         assert torch.equal(swept.values[layer], alone)
+
+
+@pytest.mark.parametrize("after", [0.0, 3600.0])
+def test_auto_leaves_them_out_until_it_is_compiled(net: Any, tmp_path: Path, after: float) -> None:
+    case = Case(net, tmp_path, after=after)
+    tiers = list[str]()
+    for _ in range(4):
+        with case.model.trace(IDS, backend="auto") as tracer:
+            last = case.model.lm_head.output[:, -1].save()
+        tiers.append(tracer.tier)
+        torch.testing.assert_close(last, net(IDS).logits[:, -1], rtol=1e-4, atol=1e-4)
+        assert tracer.tier == "inductor" or torch.equal(last, net(IDS).logits[:, -1])
+    assert tiers[-1] == ("eager" if after else "inductor") and len(_runs(tracer)) == 1
