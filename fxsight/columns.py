@@ -38,15 +38,20 @@ def narrowable(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[Reading]]]:
     linear = [node for node in calls if node.target in _LINEAR and not node.kwargs]
     changed = mutated_storages(calls) if linear else frozenset()
     for node in linear:
-        width = tensor_spec(node).shape[-1]
-        if not isinstance(width, int) or not all(map(is_tensor, node.all_input_nodes)):
-            continue
-        readings = list(_readings(node, width))
-        pieces = [piece for reading in readings if reading is not None for piece in reading.pieces]
-        if not readings or None in readings or len(pieces) > _MOST or SHARE * count(pieces) > width:
-            continue
-        if not storages(node).union(*map(storages, node.all_input_nodes)) & changed:
-            yield node, [reading for reading in readings if reading is not None]
+        readings = few_columns(node) if all(map(is_tensor, node.all_input_nodes)) else None
+        if readings and not storages(node).union(*map(storages, node.all_input_nodes)) & changed:
+            yield node, readings
+
+
+def few_columns(node: fx.Node) -> list[Reading] | None:
+    """What reads columns of a value, where few are read in all; None where others are read, too, or it is not known."""
+    width = tensor_spec(node).shape[-1] if is_tensor(node) and tensor_spec(node).shape else None
+    if not isinstance(width, int):
+        return None
+    found = [reading for reading in _readings(node, width) if reading is not None]
+    pieces = [piece for reading in found for piece in reading.pieces]
+    is_known = found and None not in _readings(node, width)
+    return found if is_known and len(pieces) <= _MOST and SHARE * count(pieces) <= width else None
 
 
 def count(pieces: Sequence[Piece]) -> int:

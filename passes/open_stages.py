@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from fxsight.columns import few_columns
 from fxsight.editor import Editor
 from fxsight.node import Binding, binding_of
 from fxsight.passes.narrow_reads import read_in_part
@@ -18,7 +19,7 @@ from fxsight.stage import Stage
 
 @dataclass(frozen=True)
 class OpenStages(Pass):
-    """Put the operators of a stage into its place, where only some rows of its results are read, or everywhere.
+    """Put the operators of a stage into its place, where only some rows or columns of its results are read.
 
         stage = after(table, x)                                        # f32[batch, length, 96]
         last = torch.Tensor.__getitem__(stage, (slice(None), -1))      # f32[batch, 96]
@@ -45,7 +46,8 @@ class OpenStages(Pass):
         if self.everywhere:
             return iter(stages)
         values = {value: stage for stage in stages for value in _values(stage)}
-        return iter(dict.fromkeys(values[value] for value in read_in_part(editor.graph, values)))
+        few = [value for value in values if few_columns(value)]
+        return iter(dict.fromkeys(values[value] for value in (*read_in_part(editor.graph, values), *few)))
 
 
 def _values(stage: fx.Node) -> Iterable[fx.Node]:
