@@ -95,15 +95,15 @@ def _alike(
     cells = list(members.values())
     captured, sizes = cells[0].captured, cells[0].sizes
     which = varying([cell.outline for cell in cells])
-    asked = lifted(cells[0].asked, which)
+    asked, constants = lifted(cells[0].asked, which), constants_of(cells)
+    varies = varying_constants(constants) if mode == "fast" else frozenset[int]()
     try:
-        whole = cell_pass(asked, mode == "fast")(staged[id(captured)].of(cells[0].asked))
+        whole = cell_pass(asked, bool(varies))(staged[id(captured)].of(cells[0].asked))
     except CausalityError:  # one stage may depend on more than one of its operators does
         whole = cell_pass(asked)(captured)
-    constants = constants_of(cells)
-    if mode == "fast":
+    if varies:  # one cell alone is computed as in mode exact
         program = NarrowColumns()(whole) if captures.shared.narrow else whole
-        found = best_stride(program, captured, varying_constants(constants), sizes)
+        found = best_stride(program, captured, varies, sizes)
         if found is not None:
             return Alike(whole, program, tuple(members), constants, sizes, found)
     program = narrow_exactly(whole, sizes, captures.weight, tried) if captures.shared.narrow else whole

@@ -189,7 +189,9 @@ class Body:
         for leaf in leaves:
             check_none(leaf)
         specs = [self._spec_of(leaf) for leaf in leaves]
-        rule = rule_for(self._rules, func, specs, tree, lambda: [self._fake_of(leaf) for leaf in leaves], self.mode)
+        rule = rule_for(
+            self._rules, func, specs, tree, lambda: [self._fake_of(leaf) for leaf in leaves], lambda: self.mode
+        )
         if rule.needs_data:
             return self._with_numbers(func, args, kwargs)
         if rule.changed is not None:

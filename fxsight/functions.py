@@ -69,6 +69,7 @@ _ROOTS: tuple[tuple[str, Any], ...] = (
 )
 
 
+@cache
 def function_name(target: Any) -> str:
     """The name of a function.
 

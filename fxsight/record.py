@@ -176,7 +176,7 @@ class Recorder:
 
     def resize(self) -> None:
         """After a move to other sizes, and to other places: shapes as they are now."""
-        resize(self.body.graph, self.locations.read_specs(), self.places.rules, self.body.fake, self.body.mode)
+        resize(self.body.graph, self.locations.read_specs(), self.places.rules, self.body.fake, lambda: self.body.mode)
         for cell in self._cells:
             spec = cell.node.meta["spec"]
             if isinstance(spec, TensorSpec) and spec.shape != cell.spec.shape:

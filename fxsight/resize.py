@@ -21,7 +21,7 @@ def resize(
     reads: Mapping[str, Any],
     rules: Table,
     fake: Callable[[TensorSpec], torch.Tensor],
-    mode: Any,
+    mode: Callable[[], Any],
 ) -> set[fx.Node]:
     """Give every node the spec it has for reads of these specs.
 
@@ -47,7 +47,7 @@ def resize(
     return unsure
 
 
-def _made(node: fx.Node, rules: Table, fake: Callable[[TensorSpec], torch.Tensor], mode: Any) -> Any:
+def _made(node: fx.Node, rules: Table, fake: Callable[[TensorSpec], torch.Tensor], mode: Callable[[], Any]) -> Any:
     """The spec of what an operation makes; None where it makes nothing of such arguments."""
     args: Any = node.args
     if node.target is operator.getitem:

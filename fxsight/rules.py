@@ -50,21 +50,22 @@ Table = dict[Any, Rule]
 
 
 def rule_for(
-    table: Table, func: Any, specs: Sequence[Any], tree: Tree, fakes: Callable[[], list[Any]], mode: Any
+    table: Table, func: Any, specs: Sequence[Any], tree: Tree, fakes: Callable[[], list[Any]], mode: Callable[[], Any]
 ) -> Rule:
     """The rule of a call, from the table or by trying it.
 
-    specs: per argument leaf the spec of a tensor or the leaf itself.  fakes: makes the leaves as fake tensors.
+    specs: per argument leaf the spec of a tensor or the leaf itself.
+    fakes, mode: where it is tried, they make the leaves as fake tensors, and the mode of these.
 
     Raises: what torch raises on these shapes.
     """
-    key = (func, tree, tuple(map(_key, specs)))
+    key = (func, tree, tuple(map(_key_of_scaling if func in _SCALING else _key, specs)))
     try:
         known = table.get(key)
     except TypeError:  # an argument that cannot be hashed
-        return _try(func, tree, fakes(), mode)
+        return _try(func, tree, fakes(), mode())
     if known is None:
-        known = table[key] = _try(func, tree, fakes(), mode)
+        known = table[key] = _try(func, tree, fakes(), mode())
     return known
 
 
@@ -74,6 +75,19 @@ def _key(leaf: Any) -> Any:
     if isinstance(leaf, slice):
         return ("slice", leaf.start, leaf.stop, leaf.step)
     return (type(leaf), leaf)
+
+
+# Functions for which one number is as good as another: shapes and dtypes do not depend on it.
+_SCALING = frozenset(
+    getattr(torch.Tensor, name + end)
+    for name in ("add", "sub", "mul", "div", "__add__", "__sub__", "__mul__", "__truediv__", "__radd__", "__rmul__")
+    for end in ("", "_")
+    if hasattr(torch.Tensor, name + end)
+) | {torch.Tensor.__iadd__, torch.Tensor.__isub__, torch.Tensor.__imul__, torch.Tensor.__itruediv__}
+
+
+def _key_of_scaling(leaf: Any) -> Any:
+    return float if type(leaf) is float else _key(leaf)
 
 
 def _try(func: Any, tree: Tree, fakes: list[Any], mode: Any) -> Rule:

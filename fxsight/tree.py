@@ -131,7 +131,13 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _flatten(value: Any, leaves: list[Any]) -> Tree:
-    if type(value) is Constant:
+    cls = type(value)
+    if cls in _LEAVES or issubclass(cls, torch.Tensor):
+        leaves.append(value)
+        return LEAF
+    if cls is tuple or cls is list:
+        return Tree(cls.__name__, "", tuple(range(len(value))), tuple(_flatten(x, leaves) for x in value))
+    if cls is Constant:
         return Tree("constant", value.text)
     parts = _open(value)
     if parts is None:
@@ -145,8 +151,6 @@ def _flatten(value: Any, leaves: list[Any]) -> Tree:
 def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
     """Kind, keys and members of a container; None for a leaf."""
     cls = type(value)
-    if cls in _LEAVES:
-        return None
     if cls.__module__ == "torch.return_types":
         return "structseq", range(len(value)), value
     if isinstance(value, tuple):
@@ -170,7 +174,9 @@ def _open(value: Any) -> tuple[str, Sequence[Any], Sequence[Any]] | None:
     return None
 
 
-_LEAVES = (torch.Tensor, type(None), bool, int, float, str)  # the most frequent ones, found first
+_LEAVES = frozenset(
+    (torch.Tensor, type(None), bool, int, float, str, slice, type(...), torch.dtype)
+)  # the most frequent
 _LISTS = (list, immutable_list)  # arguments of fx nodes are immutable ones
 _DICTS = (dict, OrderedDict, immutable_dict)
 _OURS = "fxsight.containers"  # lists and dicts with ``.save()``

@@ -6,7 +6,7 @@ says so when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -379,13 +379,29 @@ def _kind(spec: TensorSpec) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')}{list(spec.shape)}"
 
 
-def values_in(value: Any) -> Iterator[Value]:
+def values_in(value: Any) -> Sequence[Value]:
     """The values among the leaves of an argument structure, slices included."""
-    for leaf in flatten(value)[0]:
-        if isinstance(leaf, Value):
-            yield leaf
-        elif isinstance(leaf, slice):
-            yield from values_in((leaf.start, leaf.stop, leaf.step))
+    found: list[Value] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Value]) -> None:
+    cls = type(value)
+    if cls is tuple or cls is list:
+        for member in value:
+            _collect(member, found)
+    elif isinstance(value, Value):
+        found.append(value)
+    elif cls is slice:
+        _collect((value.start, value.stop, value.step), found)
+    elif cls not in _PLAIN:
+        for leaf in flatten(value)[0]:
+            if isinstance(leaf, (Value, slice)):
+                _collect(leaf, found)
+
+
+_PLAIN = frozenset((bool, int, float, str, type(None), torch.Tensor))
 
 
 def fake_mode() -> Any:

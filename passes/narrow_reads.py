@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import sympy
@@ -228,7 +229,13 @@ def _kept(size: Dim, move: Move) -> Dim:
     there = move.index + 1 if move.index >= 0 else size + move.index + 1
     if isinstance(there, int):
         return min(there, move.rows)
-    return 1 if move.rows == 1 else sympy.Min(there, move.rows)
+    return 1 if move.rows == 1 else _least(there, move.rows)
+
+
+@cache
+def _least(size: Any, rows: int) -> Any:
+    """The smaller of both; sympy takes milliseconds to say it."""
+    return sympy.Min(size, rows)
 
 
 def _narrow(editor: Editor, node: fx.Node, move: Move) -> None:
