@@ -1,14 +1,15 @@
 """What is measured: a ``Workload`` fills a part of the report; a ``Case`` is one task for many contenders."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.bench.check import largest_difference
 from tests.bench.remote import Remote, Worker
-from tests.bench.report import Table
+from tests.bench.report import Table, duration
 from tests.bench.timing import Clock, Job, Local, Paired, interleave
 
 BARE = "bare"
@@ -56,6 +57,7 @@ class Case:
     close: contenders with other kernels or shapes, and so other last bits; all else must be bitwise equal.
     calls: how many make a batch; by default as many as fill ``timing.BATCH``.
     unchecked: contenders that do something else, as the bare module does.
+    made: seconds that a contender has taken before its first call: for compiling.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Case:
     rounds: int = 15
     calls: int | None = None
     unchecked: frozenset[str] = frozenset()
+    made: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Row:
     name: str
     times: Mapping[str, Paired]
     differences: Mapping[str, float]
+    made: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Bench:
         rounds = self.options.rounds or (min(3, case.rounds) if self.options.quick else case.rounds)
         seconds = interleave(clocks, rounds, case.calls)
         times = {name: Paired(own, seconds[case.reference]) for name, own in seconds.items()}
-        return Row(case.name, times, differences)
+        return Row(case.name, times, differences, case.made)
 
     def _check(self, title: str, case: Case, clocks: Mapping[str, Clock]) -> dict[str, float]:
         expected = clocks[HOOKS].result()
@@ -127,6 +131,33 @@ class Workload:
 def say(text: str) -> None:
     """Progress, apart from the tables."""
     print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def difference_table(title: str, rows: Sequence[Row]) -> Table:
+    """The largest difference of each contender from the hooks; 0 means the same bits."""
+    names = list(dict.fromkeys(name for row in rows for name in row.differences))
+    body = [[row.name, *(f"{row.differences[n]:.1e}" if n in row.differences else "" for n in names)] for row in rows]
+    return Table(title, ["", *names], [[cell.replace("0.0e+00", "0") for cell in cells] for cells in body])
+
+
+def paid_table(title: str, rows: Sequence[Row], calls: Callable[[Row], int]) -> Table:
+    """After how many calls compiling has paid.  calls: of the module, in one run of a contender."""
+    body: list[list[str]] = []
+    for row in rows:
+        for name, seconds in row.made.items():
+            gained = (row.times[HOOKS].median - row.times[name].median) / calls(row)
+            body.append([row.name, name, duration(seconds), f"{seconds / gained:,.0f}" if gained > 0 else "never"])
+    return Table(title, ["", "", "compiling", "calls of the module until it has paid"], body)
+
+
+def compile_seconds(net: Any, *inputs: Any) -> float:
+    """How long the first call under ``torch.compile`` takes, in time of the process."""
+    import torch
+
+    start = time.process_time()
+    fast: Any = torch.compile(net)
+    fast(*inputs)
+    return time.process_time() - start
 
 
 def compiled(net: Any, call: Callable[[Any], Any]) -> Job:

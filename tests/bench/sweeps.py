@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.bench import hooks, models
 from tests.bench.case import (
+    CAREFUL,
     CLOSE,
     COMPILED,
     FAST,
@@ -22,7 +23,10 @@ from tests.bench.case import (
     Case,
     Options,
     Workload,
+    compile_seconds,
     compiled,
+    difference_table,
+    paid_table,
 )
 from tests.bench.grid import Task, forget_plans, stacked
 from tests.bench.report import Table, paired_table
@@ -32,8 +36,8 @@ NOTE = (
     "Every cell has been compared with the hooks' first: bit for bit in mode exact, within 1e-4 in mode fast. "
     "A sweep makes its plan; a plan is made before it is timed. "
     "Patterns: the hooks compute one head anew, fxsight writes the fused attention of one layer out, which is another "
-    "formula: within 1e-4 in both modes. nnsight: a trace a cell. torch.compile: the bare module, as often as there "
-    "are cells, without edits."
+    "formula: within 1e-4 in both modes. Careful hooks ask for the last logits only. nnsight: a trace a cell. "
+    "torch.compile: the bare module, as often as there are cells, without edits."
 )
 Edit = Callable[..., Any]  # of one cell: a block (of hooks, or of a trace), what is kept of the clean run, two labels
 
@@ -68,14 +72,20 @@ def _changed(module: nn.Module, port: str, change: Callable[[Tensor], None]) -> 
         yield
 
 
-def _naive(net: Any, task: Task, cells: Sequence[tuple[Any, ...]], hooked: Callable[..., Any]) -> Job:
+def _hooks(net: Any, task: Task, cells: Sequence[tuple[Any, ...]], hooked: Callable[..., Any]) -> dict[str, Job]:
+    """One forward a cell; the careful ones ask for the last logits only."""
+    careful = _naive(net, task, cells, hooked, logits_to_keep=1)
+    return {HOOKS: _naive(net, task, cells, hooked), CAREFUL: careful}
+
+
+def _naive(net: Any, task: Task, cells: Sequence[tuple[Any, ...]], hooked: Callable[..., Any], **asked: int) -> Job:
     """One forward a cell; ``hooked(cell)`` is a context in which the forward is edited."""
 
     def job() -> list[Tensor]:
         found: list[Tensor] = []
         for cell in cells:
             with hooked(*cell):
-                found.append(task.metric(net(task.corrupted).logits))
+                found.append(task.metric(net(task.corrupted, **asked).logits))
         return stacked(found)
 
     return job
@@ -129,8 +139,8 @@ def w2(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
         return task.metric(model.lm_head.output)
 
     axes = {"kind": list(PLACES), "layer": range(task.layers), "position": range(task.length)}
-    naive = _naive(net, task, list(product(*axes.values())), hooked)
-    return {HOOKS: naive, **_jobs(model, task, body, axes)}, f"3 × {task.layers} × {task.length} cells"
+    naive = _hooks(net, task, list(product(*axes.values())), hooked)
+    return {**naive, **_jobs(model, task, body, axes)}, f"3 × {task.layers} × {task.length} cells"
 
 
 # -- W3 and W21 ------------------------------------------------------------------------------------------------------
@@ -173,8 +183,8 @@ def w3(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
         return task.metric(model.lm_head.output)
 
     axes = {"kind": list("zqkv"), "layer": range(task.layers), "head": range(_heads(net))}
-    naive = _naive(net, task, list(product(*axes.values())), hooked)
-    return {HOOKS: naive, **_jobs(model, task, body, axes)}, f"4 × {task.layers} × {_heads(net)} cells"
+    naive = _hooks(net, task, list(product(*axes.values())), hooked)
+    return {**naive, **_jobs(model, task, body, axes)}, f"4 × {task.layers} × {_heads(net)} cells"
 
 
 def w3_pattern(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
@@ -207,7 +217,7 @@ def w3_pattern(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
 
     axes = {"layer": range(task.layers), "head": range(_heads(net))}
     cells = list(product(*axes.values()))
-    jobs = {HOOKS: _naive(net, task, cells, hooked), **_jobs(model, task, body, axes)}
+    jobs = {**_hooks(net, task, cells, hooked), **_jobs(model, task, body, axes)}
     return jobs, f"pattern: {task.layers} × {_heads(net)} cells"
 
 
@@ -236,8 +246,8 @@ def w21(net: Any, model: Any, task: Task) -> tuple[dict[str, Job], str]:
         return task.metric(model.lm_head.output)
 
     axes = {"layer": range(task.layers), "head": range(_heads(net))}
-    naive = _naive(net, task, list(product(*axes.values())), hooked)
-    return {HOOKS: naive, **_jobs(model, task, body, axes)}, f"{task.layers} × {_heads(net)} cells"
+    naive = _hooks(net, task, list(product(*axes.values())), hooked)
+    return {**naive, **_jobs(model, task, body, axes)}, f"{task.layers} × {_heads(net)} cells"
 
 
 # -- the tables ------------------------------------------------------------------------------------------------------
@@ -250,6 +260,9 @@ def _workload(name: str, about: str, *makes: Make) -> Workload:
         rows = bench.compare(name, (case for make in makes for case in _case(name, make, bench.options)))
         size = "4 layers of width 256" if bench.options.quick else "GPT-2 small"
         yield paired_table(f"{name.upper()}: {about}, {size}", [(row.name, row.times) for row in rows], HOOKS, NOTE)
+        yield difference_table(f"{name.upper()}: the largest difference from the naive hooks", rows)
+        if bench.options.compiled:
+            yield paid_table(f"{name.upper()}: torch.compile", rows, lambda row: count_of(row.name))
 
     return Workload(name, f"{about} (minutes)", run, default=False)
 
@@ -265,10 +278,12 @@ def _case(name: str, make: Make, options: Options) -> Iterator[Case]:
     opened = make is w3_pattern  # attention written out is another formula than the fused one
     remote = "" if opened else f"{name} {size}"
     rounds = 3 if options.quick else 1
+    made: dict[str, float] = {}
     if options.compiled:
+        made[COMPILED] = compile_seconds(net, task.corrupted)
         jobs[COMPILED] = compiled(net, lambda fast: [fast(task.corrupted) for _ in range(count_of(title))])
     close = CLOSE | {SWEEP, PLAN} if opened else CLOSE
-    yield Case(title, jobs, remote, HOOKS, close, rounds, 1)
+    yield Case(title, jobs, remote, HOOKS, close, rounds, 1, made=made)
 
 
 def count_of(title: str) -> int:

@@ -21,10 +21,14 @@ from tests.bench.case import (
     Case,
     Options,
     Workload,
+    compile_seconds,
     compiled,
+    difference_table,
+    paid_table,
 )
 from tests.bench.grid import Task, forget_plans, stacked
 from tests.bench.report import Table, paired_table
+from tests.bench.sweeps import count_of
 from tests.bench.timing import Job
 
 NOTE = (
@@ -40,6 +44,9 @@ def run(bench: Bench) -> Iterator[Table]:
     rows = bench.compare("w1", _cases(bench.options))
     title = "W1: residual patching on GPT-2 small, layer × position, 8 prompts × 15 tokens"
     yield paired_table(title, [(row.name, row.times) for row in rows], HOOKS, NOTE)
+    yield difference_table("W1: the largest difference from the naive hooks", rows)
+    if bench.options.compiled:
+        yield paid_table("W1: torch.compile", rows, lambda row: count_of(row.name))
 
 
 def _cases(options: Options) -> Iterator[Case]:
@@ -59,10 +66,12 @@ def _cases(options: Options) -> Iterator[Case]:
         PLAN: planned(net, model, task, "exact"),
         FAST_PLAN: planned(net, model, task, "fast"),
     }
+    made: dict[str, float] = {}
     if options.compiled:
+        made[COMPILED] = compile_seconds(net, task.corrupted)
         jobs[COMPILED] = compiled(net, lambda fast: [fast(task.corrupted) for _ in task.cells()])
     title = f"{task.layers} × {task.length} cells"
-    yield Case(title, jobs, f"w1 {name}", reference=HOOKS, rounds=3, calls=1)
+    yield Case(title, jobs, f"w1 {name}", reference=HOOKS, rounds=3, calls=1, made=made)
 
 
 def clean_inputs(net: Any, task: Task) -> list[Tensor]:
