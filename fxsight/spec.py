@@ -7,6 +7,7 @@ Shapes are Python ints and ``sympy`` expressions over named sizes (``batch``, ``
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,23 +94,25 @@ Spec = TensorSpec | SizeSpec | tuple["Spec", ...] | None
 
 def contiguous_stride(shape: Sequence[Dim]) -> tuple[Dim, ...]:
     """Row-major strides, in elements (``torch.empty(shape).stride()``; sizes of 0 and 1 count as 1)."""
-    strides: list[Dim] = []
-    known, free = 1, dict[Any, int]()
-    for dim in reversed(shape):
-        strides.append(_product(known, free))
-        if isinstance(dim, int):
-            known *= max(dim, 1)
+    inner = [max(dim, 1) if isinstance(dim, int) else dim for dim in shape[1:]]
+    return tuple(_product(inner[place:]) for place in range(len(shape)))
+
+
+def _product(factors: Sequence[Any]) -> Any:
+    """The product of sizes and numbers as sympy makes it from the right; where all are plain, without asking sympy.
+
+    To multiply two products sympy asks whether one is zero, and imports much to find out.
+    """
+    known, powers = 1, dict[Any, int]()
+    for factor in reversed(factors):
+        if isinstance(factor, int):
+            known *= factor
+        elif factor.is_Symbol:
+            powers[factor] = powers.get(factor, 0) + 1
         else:
-            free[dim] = free.get(dim, 0) + 1
-    return tuple(reversed(strides))
-
-
-def _product(known: int, powers: Mapping[Any, int]) -> Dim:
-    """A number times powers of sizes: ``n**2`` as one factor, since sympy imports much to find it in ``n * n``."""
-    found: Any = known
-    for size, power in powers.items():
-        found = found * (size if power == 1 else size**power)
-    return found  # type: ignore[no-any-return]
+            return functools.reduce(lambda product, other: product * other, reversed(factors))
+    sizes = [size if power == 1 else size**power for size, power in powers.items()]
+    return known if not sizes else sympy.Mul(known, *sizes)
 
 
 def symbol(name: str) -> sympy.Symbol:
@@ -226,6 +229,9 @@ def parse_expr(node: ast.expr) -> Any:
             return sympy.sympify(node.value)
         case ast.Name(id=name):
             return symbol(name)
+        case ast.BinOp(op=ast.Mult()):
+            factors = [parse_expr(factor) for factor in _factors(node)]
+            return sympy.sympify(_product([int(x) if x.is_Integer else x for x in reversed(factors)]))
         case ast.BinOp():
             return _OPERATORS[type(node.op)](parse_expr(node.left), parse_expr(node.right))
         case ast.UnaryOp(op=ast.USub()):
@@ -238,6 +244,15 @@ def parse_expr(node: ast.expr) -> Any:
             return _torch.SIZE_FUNCTIONS[name](*map(parse_expr, node.args))
         case _:
             raise TextError(f"not a size: {ast.unparse(node)!r}")
+
+
+def _factors(node: ast.expr) -> list[ast.expr]:
+    """``a`` and ``b`` and ``c`` of ``a * b * c``."""
+    match node:
+        case ast.BinOp(op=ast.Mult(), left=left, right=right):
+            return [*_factors(left), right]
+        case _:
+            return [node]
 
 
 def _relation(kind: Any, left: Any, right: Any) -> Any:
