@@ -31,6 +31,7 @@ Backend = Literal["auto", "eager", "inductor"]
 Tier = Literal["eager", "inductor"]
 BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")
 Exact = Callable[[], Sequence[Any] | None]
+GAIN = 0.98  # of the time that regions take, at most, for which one piece is worth other last bits
 ROUNDS = 3  # runs of each when two ways to run are measured against each other
 REMEMBERED = 4096  # sizes for which it is known how they run
 _NEVER = float("inf")
@@ -213,9 +214,10 @@ class Auto:
             self.raced = f"results differ by more than lower.TOLERANCE: {now}"
             return
         slow, fast = _race(regions, found[0], arguments)
-        kept = "one piece" if fast < slow else "regions"
+        is_worth_it = fast < GAIN * slow
+        kept = "one piece" if is_worth_it else "regions"
         self.raced = f"{fast * 1e3:.3g} ms, by regions {slow * 1e3:.3g} ms: {kept} kept"
-        if fast < slow:
+        if is_worth_it:
             self.difference, self.is_whole, self._compiled = now, True, found[0]
             self._known = {self._key(arguments): True}
 

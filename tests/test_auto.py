@@ -7,6 +7,7 @@ Inductor by a compiler whose results are a stated bit off.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -368,6 +369,26 @@ def test_what_is_hot_is_compiled_in_one_piece(tmp_path: Path) -> None:
     assert " ms, by regions " in said and said.endswith(("one piece kept", "regions kept"))
     assert ("compiled in one piece" in case.told) == said.endswith("one piece kept")
     torch.testing.assert_close(case(rows(9)), case.net(rows(9)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("blocks_count")
+def test_the_faster_is_kept(tmp_path: Path) -> None:
+    """Each call of something compiled takes its time: one piece is faster than six regions."""
+    case = Case(seeded(Stack), tmp_path, whole_after=0.0)
+    case.artifacts._compiler = slow
+    for _ in range(6):
+        torch.testing.assert_close(case(rows()), case.net(rows()))
+    assert case.told.endswith("one piece kept") and "compiled in one piece" in case.told
+    tiers = [(case(rows(count)), case.tracer.tier)[1] for count in (5, 9, 9)]
+    assert tiers == ["inductor", "eager", "inductor"]
+
+
+def slow(module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+    def call(*given: Any) -> Any:
+        time.sleep(0.002)
+        return module(*given)
+
+    return call
 
 
 @pytest.mark.usefixtures("blocks_count")
