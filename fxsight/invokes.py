@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxsight.address import Address
 from fxsight.alike import check_options
@@ -35,7 +35,7 @@ from fxsight.inputs import Inputs
 from fxsight.rows import Call
 from fxsight.run import Executable
 from fxsight.sessions import Session
-from fxsight.shared import Terms
+from fxsight.shared import Terms, wants_graph
 from fxsight.text import Text
 from fxsight.together import BUDGET
 from fxsight.tracer import Tracer
@@ -123,7 +123,7 @@ class Invokes:
             raise TraceError("an invoke outside its trace: with model.trace(...) as tracer: with tracer.invoke(x):")
         if self._open is not None:
             raise TraceError("an invoke inside an invoke: end the first block")
-        self._open = Tracer(self._captures, call, "eager", self._inputs, self._edits)
+        self._open = InvokeTrace(self._captures, call, "eager", self._inputs, self._edits)
         return self._open
 
     def end(self) -> None:
@@ -213,6 +213,14 @@ class Invokes:
     def explain(self) -> Text:
         """What the invokes that have run by now have shared: what ran once, what for each, and which ran alone, why."""
         return self._session.explain()
+
+
+class InvokeTrace(Tracer):
+    """The trace of one invoke; its numbers, too, have no graph where nothing of the user's asks for one."""
+
+    def _demand(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
+        with nullcontext() if wants_graph(self) else torch.no_grad():
+            return super()._demand(nodes)
 
 
 class Invoked:

@@ -12,7 +12,7 @@ those whose values it uses; traces that change something run in the order in whi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,13 +213,17 @@ def _leaf_key(leaf: Any) -> Hashable:
 
 
 def _needs_graph(one: Ready, terms: Terms) -> bool:
-    """Whether what a trace computes is to have a graph: gradients are wanted in it, or of it after its end."""
+    """Whether what a trace computes is to have a graph."""
+    weights = one.tracer.captures.module.parameters() if terms.keeps_graph else ()
+    return wants_graph(one.tracer, weights)
+
+
+def wants_graph(tracer: Tracer, weights: Iterable[torch.Tensor] = ()) -> bool:
+    """Whether gradients are enabled, and wanted in the body, or of its inputs, its tensors of the user's or weights."""
     if not torch.is_grad_enabled():
         return False
-    given = [*flatten(one.tracer.inputs)[0], *one.constants]
-    if terms.keeps_graph:
-        given += one.tracer.captures.module.parameters()
-    wanted = not one.tracer.recorder.body.gradients.is_empty
+    given = (*flatten(tracer.inputs)[0], *tracer.recorder.constants, *weights)
+    wanted = not tracer.recorder.body.gradients.is_empty
     return wanted or any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
 
 

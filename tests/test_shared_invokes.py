@@ -356,6 +356,27 @@ def test_gradients_in_an_invoke_and_to_a_tensor_of_the_user() -> None:
     bitwise(gradient, kept[0].grad)
 
 
+def test_a_number_has_no_graph_either() -> None:
+    """Part of a value that several share may be changed in place, which torch allows without a graph alone."""
+    net = Deep().eval()
+    model = fxsight.Model(net, cache=False)
+    with model.trace(mode="exact") as tracer, tracer.invoke(x()):
+        halves = model.layers[1].output.chunk(2, -1)
+        halves[0].add_(halves[1])
+        positive = bool(model.layers[2].output.sum() > 0)
+        hidden = model.layers[2].output.save()
+        out = model.output.save()
+
+    def change(h: Tensor) -> None:
+        h[:, :3] += h[:, 3:]
+
+    with torch.no_grad(), edited(net.layers[1], "output", change):
+        right, (inner,) = oracle.run(net, (x(),), {}, [oracle.Read("layers.2", "output")])
+    assert positive is bool(inner.sum() > 0) and not out.requires_grad and not hidden.requires_grad
+    bitwise(out, right)
+    bitwise(hidden, inner)
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 
