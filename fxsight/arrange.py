@@ -2,7 +2,8 @@
 
 The model's operators and their gradients stay in the order in which they were traced. What the body computes is put
 between them, depth first from what needs it: no earlier than it must be, and as soon as it can be where it makes
-little out of much, as sums of values times gradients do. Nothing but the order changes, so no bit does.
+little out of much, as sums of values times gradients do, and nothing larger on the way. Nothing but the order changes,
+so no bit does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fxsight.node import origin_of
 from fxsight.spec import number
 from fxsight.tree import flatten
 
-LITTLE = 4  # times smaller than the largest value it is made of
+LITTLE = 4  # times smaller than the largest value of the model that it is made of
 
 
 def arranged(joint: Joint, sizes: Mapping[str, int]) -> list[fx.Node]:
@@ -65,16 +66,18 @@ class _Arranger:
 
     def _soon(self) -> dict[int, list[fx.Node]]:
         """What runs as soon as it can: results, and what makes little of gradients; by the place that it waits for."""
-        ready, largest, found = dict[fx.Node, int](), dict[fx.Node, int](), dict[int, list[fx.Node]]()
+        ready, given_to, made_for = dict[fx.Node, int](), dict[fx.Node, int](), dict[fx.Node, int]()
+        found: dict[int, list[fx.Node]] = {}
         results = set(self._joint.results)
         for node in self._all:
             if node in self._free:
                 given = [a for a in node.all_input_nodes if a.op != "placeholder"]
                 ready[node] = max((ready.get(a, self._place.get(a, -1)) for a in given), default=-1)
-                of = max((largest.get(a, 0) or self._size(a) for a in given), default=0)
                 size = self._size(node)
-                largest[node] = max(of, size)
-                if node in results or (ready[node] >= self._first and size * LITTLE <= of):
+                of = given_to[node] = max((given_to.get(a) or self._size(a) for a in given), default=0)
+                made_for[node] = max([size, *(made_for.get(a, 0) for a in given)])
+                is_little = size * LITTLE <= of and made_for[node] <= of
+                if node in results or (ready[node] >= self._first and is_little):
                     found.setdefault(ready[node], []).append(node)
         return found
 

@@ -40,6 +40,7 @@ class Pass:
     """One backward pass of a woven program.
 
     arrivals: by value, the nodes of its gradients: those of later places first, where the gradient comes first.
+    is_wanted: whether gradients have been asked for; where all of them are unused, nothing is computed.
     edits: by such a node, the gradient that goes on.  functions: by a ``custom_function``, the nodes of the gradients
     that arrive at its results, and of those that go on from its inputs.
     """
@@ -52,6 +53,7 @@ class Pass:
     retain: bool
     create: bool
     zeros: bool
+    is_wanted: bool
     edits: dict[fx.Node, fx.Node]
     functions: dict[fx.Node, tuple[tuple[fx.Node, ...], tuple[fx.Node | None, ...]]]
     arrivals: dict[fx.Node, list[fx.Node]] = field(default_factory=dict[fx.Node, list[fx.Node]])
@@ -63,11 +65,14 @@ def passes_of(nodes: Sequence[fx.Node], tensor: Callable[[fx.Node], fx.Node]) ->
     for node in nodes:
         if node.target is backward:
             given: tuple[Any, ...] = node.args
-            number, losses, seeds, edits, leaves, (retain, create, unused), learned, _, functions = given
+            number, losses, seeds, edits, leaves, (retain, create, unused, *wanted), learned, _, functions = given
             custom = {function: (arrivals, goes_on) for function, arrivals, goes_on in functions}
             firsts = tuple(dict.fromkeys(map(tensor, learned if leaves is None else leaves)))
             zeros = unused == "zeros"
-            found.append(Pass(number, node, losses, seeds, firsts, retain, create, zeros, dict(edits), custom))
+            is_wanted = bool(wanted) or leaves is not None
+            found.append(
+                Pass(number, node, losses, seeds, firsts, retain, create, zeros, is_wanted, dict(edits), custom)
+            )
     found.sort(key=lambda one: one.number)
     order = {node: number for number, node in enumerate(nodes)}
     places: list[Any] = [n for n in nodes if n.target is gradient]
@@ -317,6 +322,9 @@ class _Run:
 
     def _backward(self, one: Pass) -> list[Any]:
         self.now = one.number
+        if one.is_wanted and not (one.arrivals or one.leaves):
+            self.leaves.append(())
+            return []
         losses = [self.value(n) for n in one.losses]
         seeds = [None if n is None else self.value(n) for n in one.seeds]
         wanted = list(dict.fromkeys([*one.arrivals, *one.leaves])) or list(self.edges)

@@ -94,9 +94,11 @@ def _inline(editor: Editor, asked: Intervention) -> dict[str, fx.Node]:
 
 def _backwards(editor: Editor, asked: Intervention, body: Mapping[str, fx.Node]) -> list[fx.Node]:
     """A node for each backward pass; gradients come after the losses they are of."""
+    wanted: set[int] = set()
     for node in body.values():
         count = 2 if node.target is gradient else 3
         if node.target in (gradient, arrived) and 0 <= int(node.args[count - 1]) < len(asked.backwards):  # type: ignore[arg-type]
+            wanted.add(int(node.args[count - 1]))  # type: ignore[arg-type]
             losses: Any = asked.backwards[int(node.args[count - 1])].losses  # type: ignore[arg-type]
             node.args = (*node.args[:count], *(body[loss] for loss in losses))
     learned = tuple(n for n in editor.graph.nodes if n.op == "placeholder" and str(binding_of(n)) in asked.learned)
@@ -106,7 +108,9 @@ def _backwards(editor: Editor, asked: Intervention, body: Mapping[str, fx.Node])
         losses, seeds = tuple(body[x] for x in one.losses), tuple(body[x] if x else None for x in one.seeds)
         edits = tuple((body[arrives], body[new]) for arrives, new in one.edits)
         leaves = None if one.leaves is None else tuple(body[x] for x in one.leaves)
-        flags, functions = (one.retain, one.create, one.unused), tuple(_named(body, x) for x in one.functions)
+        # A gradient that nothing uses may be dropped before it is written out.
+        flags = (one.retain, one.create, one.unused, *(["wanted"] if number in wanted else []))
+        functions = tuple(_named(body, x) for x in one.functions)
         args = (number, losses, seeds, edits, leaves, flags, learned, marked, functions)
         made.append(editor.call(backward, args, spec=None, name="backward", origin=Origin(user=one.line)))
     return made

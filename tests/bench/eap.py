@@ -1,4 +1,4 @@
-"""EAP: edge attribution patching, the scores of all edges of a model by three forwards, one backward, one einsum."""
+"""EAP: edge attribution patching, the scores of all edges by three forwards, one backward, an einsum for each part."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.bench.timing import Job
 NOTE = (
     "An edge leads from the embedding, a head or an MLP to the query, key or value of each head, to each MLP and to "
     "the logits, where these are computed later. Three forwards (corrupted; clean, for the metric's unit; clean, with "
-    "gradients), one backward, one einsum. The gradients of a layer's queries, keys and values are split into heads "
-    "by the columns of the input projection, and taken back through the layer norm, by the same lines for all. Hooks "
-    "ask `torch.autograd.grad` for what is needed and no more; careful hooks compute the last logits only. Scores are "
-    "compared with the hooks' first, in shares of the largest: nnsight's and fxsight's are bitwise equal; those of "
-    "careful hooks (a last product of another shape) and of Inductor (kernels of its own) within 1e-4 of the largest "
-    "and 1e-4 of their own."
+    "gradients), one backward, and for each part of the model one einsum over what is computed before it. The "
+    "gradients of a layer's queries, keys and values are split into heads by the columns of the input projection, and "
+    "taken back through the layer norm, by the same lines for all. Hooks ask `torch.autograd.grad` for what is needed "
+    "and no more; careful hooks compute the last logits only. Scores are compared with the hooks' first, in shares of "
+    "the largest: nnsight's and fxsight's are bitwise equal; those of careful hooks (a last product of another shape) "
+    "and of Inductor (kernels of its own) within 1e-4 of the largest and 1e-4 of their own."
 )
 
 
@@ -106,4 +106,4 @@ def _cases(quick: bool) -> Iterator[Case]:
     yield Case(name, jobs, f"eap {model}", reference=HOOKS, rounds=9, calls=1)
 
 
-WORKLOAD = Workload("eap", "edge attribution patching: three forwards, one backward, one einsum", run, default=False)
+WORKLOAD = Workload("eap", "edge attribution patching: three forwards, one backward", run, default=False)

@@ -3,6 +3,7 @@
 The capture, and one run of each kind on a small input, come before; what is shown is what one large input adds.
 """
 
+import gc
 import importlib
 import json
 import resource
@@ -22,9 +23,27 @@ from tests.bench.report import Table
 TASKS = ["bare module", "nnsight, one block", "fxsight, one block", "fxsight, last block", "fxsight, all logits"]
 
 
+# Blocks of 64 KiB and more go back when they are freed: what is held is what is used.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 def peak() -> float:
     """The most memory that this process has held, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def second_peak(job: Callable[[], Any]) -> float:
+    """What a job that has run before holds at its peak above what the process holds before it, in MiB; Linux only."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is held now
+    before = _held("VmRSS")
+    job()
+    return _held("VmHWM") - before
+
+
+def _held(what: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
 def _call(task: str, net: Any) -> Callable[[torch.Tensor], Any]:
