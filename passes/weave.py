@@ -247,10 +247,12 @@ class _Loom:
         same, memory = self._same(here.value), self._memory(here.value)
         value = self._value(write, memory)
         later = [s for s in self.sites if s.time > write.location.since and s is not here]
-        for site in [s for s in later if self._is_before(s.value, write) and self._same(s.value) is same]:
+        alike = {s for s in later if self._is_before(s.value, write) and self._same(s.value) is same}
+        has_views = any(self._memory(s.value) is memory for s in later if s not in alike)
+        if has_views:  # what is the same as it and what is a part of it, all change with the memory
+            return self._change_memory(memory, here, value, write)
+        for site in alike:
             site.value = value
-        if any(self._memory(s.value) is memory for s in later):
-            self._change_memory(memory, here, value, write)
 
     def _is_before(self, node: fx.Node, write: Write) -> bool:
         """Whether the node is there before the write: later ones get the written value through their own inputs."""
@@ -259,17 +261,25 @@ class _Loom:
     def _value(self, write: Write, memory: fx.Node) -> fx.Node:
         """The written value; a copy of its own where the model goes on to change that memory in place."""
         value = self.body[write.value]
-        return self._copy(value, "copy", Origin(user=write.line)) if memory.name in self.changed else value
+        if not self._is_changed(memory):
+            return value
+        copy = self._copy(value, "copy", Origin(user=write.line))
+        self.changed |= storages(copy)
+        return copy
+
+    def _is_changed(self, memory: fx.Node) -> bool:
+        """Whether it is changed in place; of several tensors in one value, whether one of them is."""
+        return not storages(memory).isdisjoint(self.changed)
 
     def _change_memory(self, memory: fx.Node, here: Site, value: fx.Node, write: Write) -> None:
         """Views of the memory are used later: change it, as the same statement on the tensor would."""
-        self.changed.add(memory.name)
+        self.changed |= storages(memory)
         if memory.op == "placeholder" or memory in self.own:  # never a weight, an input, a value the user holds
             copy = self._copy(memory, "copy", Origin(user=write.line))
             copy.meta["spec"] = memory.meta["spec"]  # it stands for that memory from the start, views included
             for site in [s for s in self.sites if s.value is memory]:
                 site.value = copy
-        origin = Origin(origin_of(here.source).call, write.location.since + 0.5, "", write.line)
+        origin = Origin(origin_of(here.source).call, write.location.since + 0.4, "", write.line)
         spec = here.value.meta["spec"]
         self.editor.call(aten.copy_.default, (here.value, value), spec=spec, name="change", origin=origin)
 
@@ -281,7 +291,7 @@ class _Loom:
     def _snapshot(self, site: Site) -> fx.Node:
         """What a read gets: a copy when the memory is changed later."""
         memory = self._memory(site.value)
-        if memory.name not in self.changed or not isinstance(site.value.meta["spec"], TensorSpec):
+        if not self._is_changed(memory) or not isinstance(site.value.meta["spec"], TensorSpec):
             return site.value
         return self._copy(
             site.value, "snapshot", Origin(origin_of(site.source).call, site.time + 0.25, origin_of(site.source).line)

@@ -184,7 +184,7 @@ border = aten.alias.default(neg)
 snapshot = aten.clone.default(border)
 mul = torch.mul(snapshot, 2)
 change = aten.copy_.default(border, mul)
-exp = aten.exp.default(mul)
+exp = aten.exp.default(border)
 abs_1 = aten.abs.default(left)
 return (exp, abs_1, snapshot,)"""
     )
@@ -482,7 +482,9 @@ def check_body(seed: int) -> None:
         assert torch.equal(found, expected), f"seed {seed}: read {number} differs\n{body.asked()}\n{listing(program)}"
 
 
-@pytest.mark.parametrize("seed", range(50))
+# 56, 517: a member of a tuple that the model changes in place, read and written.  134: a value that the model changes
+# through two names.  423: an input changed just before its operator changes it.  73: a part that is changed twice.
+@pytest.mark.parametrize("seed", [*range(50), 56, 73, 134, 423, 517])
 def test_random_bodies_equal_runs_by_hand(seed: int) -> None:
     check_body(seed)
 
