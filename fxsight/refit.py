@@ -46,7 +46,7 @@ def check_writes(
         with mode:
             return torch.empty_strided(spec.numbers, spec.steps, dtype=spec.dtype, device=spec.device)
 
-    unsure = resize(graph, given, rules, fake, mode)
+    unsure = resize(graph, given, rules, fake, lambda: mode)
     for write in asked.writes:
         if named[write.value] not in unsure:
             _check(write, named[write.value].meta["spec"], _spec(program, write.location.node, sizes))
