@@ -1,6 +1,6 @@
-"""A program that leaves out rows that nobody reads, from its second run on the same sizes on: exactly the same bits.
+"""A program that leaves out rows and columns that nobody reads, from its second run on the same sizes on.
 
-Whether fewer rows give the same bits has to be tried (``bits``), which costs about as much as the operators that are
+Every bit is the same: whether it is has to be tried (``bits``), which costs about as much as the operators that are
 tried. So a first run never tries, nor does a program of which little would be left out.
 """
 
@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
-from fxsight.bits import Known, Sizes, narrowing
+from fxsight.bits import Known, Sizes, narrowing, narrowing_columns
+from fxsight.columns import count, narrowable
 from fxsight.node import is_tensor, tensor_spec
+from fxsight.passes.narrow_columns import NarrowColumns
 from fxsight.passes.narrow_reads import Move, NarrowReads, moves
 from fxsight.program import Program
 
@@ -39,12 +42,13 @@ class Fewer:
         self._program, self._sizes_of, self._weight, self._make, self._known = program, sizes_of, weight, make, known
         self._runs: dict[Any, Any] = {}  # by sizes; None where all rows are computed
         self._seen: set[Any] = set()  # sizes
-        self._made: dict[NarrowReads, Any] = {}
+        self._made: dict[tuple[NarrowReads | None, NarrowColumns | None], Any] = {}
         self._moves: list[Move] | None = None
+        self._columns: list[tuple[fx.Node, int]] = []  # linear layers of which few columns are read, and how many
 
     def instead(self, leaves: Sequence[Any]) -> Any:
         """What runs on these inputs instead; None where the program itself does."""
-        if self._moves == []:
+        if self._moves == [] and not self._columns:
             return None
         key = (torch.get_num_threads(), *(leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)))
         if key in self._runs:
@@ -58,23 +62,39 @@ class Fewer:
         return self._runs.get(key)
 
     def _find(self, leaves: Sequence[Any]) -> Any:
+        graph, sizes = self._program.graph, self._sizes_of(leaves)
         if self._moves is None:
-            self._moves = moves(self._program.graph, NarrowReads(layout=True))
-        sizes = self._sizes_of(leaves)
-        if sum(self._left_out(move, sizes) for move in self._moves) < LEAST:
+            self._moves = moves(graph, NarrowReads(layout=True))
+            self._columns = [(node, count([p for r in found for p in r.pieces])) for node, found in narrowable(graph)]
+        rows = sum(self._rows_left_out(move, sizes) for move in self._moves)
+        if rows + sum(self._columns_left_out(*layer, sizes) for layer in self._columns) < LEAST:
             return None
         asked = narrowing(self._program, sizes, self._weight, self._known)
-        if asked is not None and asked not in self._made:
-            self._made[asked] = self._make(asked(self._program))
-        return None if asked is None else self._made[asked]
+        program = self._program if asked is None else asked(self._program)
+        columns = narrowing_columns(program, sizes, self._weight, self._known)
+        if asked is None and columns is None:
+            return None
+        if (asked, columns) not in self._made:
+            self._made[asked, columns] = self._make(program if columns is None else columns(program))
+        return self._made[asked, columns]
 
-    def _left_out(self, move: Move, sizes: Mapping[str, int]) -> int:
+    def _rows_left_out(self, move: Move, sizes: Mapping[str, int]) -> int:
         """Multiply-adds of a linear layer on the rows that are not read."""
         node = self._program.nodes[move.node]
         if node.target is not torch.ops.aten.linear.default:
             return 0
-        weight = node.all_input_nodes[1]
-        shape = tensor_spec(node).at(sizes).numbers
-        width = tensor_spec(weight).at(sizes).numbers[-1] if is_tensor(weight) else 0
+        shape, width = _work(node, sizes)
         rows = shape[move.dim]
         return math.prod(shape) // max(rows, 1) * max(rows - move.rows, 0) * width
+
+    def _columns_left_out(self, node: fx.Node, read: int, sizes: Mapping[str, int]) -> int:
+        """Multiply-adds of a linear layer for the columns that are not read."""
+        shape, width = _work(node, sizes)
+        return math.prod(shape[:-1]) * max(shape[-1] - read, 0) * width
+
+
+def _work(node: fx.Node, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], int]:
+    """The shape of what a linear layer gives, and how many multiply-adds each of its numbers takes."""
+    weight = node.all_input_nodes[1]
+    width = tensor_spec(weight).at(sizes).numbers[-1] if is_tensor(weight) else 0
+    return tensor_spec(node).at(sizes).numbers, width

@@ -48,8 +48,9 @@ class NarrowColumns(Pass):
     layout: bool = field(default=False, repr=False)
 
     def rewrite(self, editor: Editor) -> None:
-        """Each linear layer by itself."""
-        for node, readings in narrowable(editor.graph):
+        """Each linear layer by itself; all else stays where it is."""
+        editor.keeps_order = True
+        for node, readings in list(narrowable(editor.graph)):
             if node.name not in self.but:
                 _narrow(editor, node, readings, self)
 

@@ -61,6 +61,33 @@ def test_the_last_logits_alone(net: Any) -> None:
     assert torch.equal(again[0], net(IDS).logits[:, -1])
 
 
+@pytest.mark.parametrize("rows", [True, False])
+def test_the_logits_of_two_tokens(net: Any, rows: bool) -> None:
+    model, ids = fxsight.Model(net, cache=False), torch.arange(32).view(4, 8)
+
+    def metric(logits: Any) -> Any:
+        if rows:
+            return logits[:, -1, 5] - logits[:, -1, 4000]
+        return logits[..., 7:9].sum(1) + logits[:, 2, [5, 17]]
+
+    for number in range(3):
+        with model.trace(ids) as tracer:
+            model.transformer.h[0].mlp.output[:, 1] = 0
+            found = metric(model.lm_head.output).save()
+        assert len(_runs(tracer)) == min(number, 1)
+        handle = net.transformer.h[0].mlp.register_forward_hook(_zero_one)
+        assert torch.equal(found, metric(net(ids).logits))
+        handle.remove()
+    (run,) = _runs(tracer)
+    assert any("NarrowColumns" in line for line in run.program.history)
+    assert any("NarrowReads" in line for line in run.program.history) == rows
+
+
+def _zero_one(module: Any, given: Any, output: Tensor) -> Tensor:
+    output[:, 1] = 0
+    return output
+
+
 def test_edits_and_saves_beside_it(net: Any) -> None:
     model = fxsight.Model(net, cache=False)
     for number in range(4):
