@@ -24,7 +24,7 @@ from fxsight.intervention import Intervention, Read, Save, Write
 from fxsight.node import Binding, Fixed, Origin, binding_of, origin_of
 from fxsight.passes.cancel_stack import cancel_stacks
 from fxsight.rewrite import Pass
-from fxsight.spec import TensorSpec
+from fxsight.spec import TensorSpec, renamed
 from fxsight.tree import Tree
 
 aten = torch.ops.aten
@@ -178,6 +178,7 @@ class _Loom:
         self.uses: dict[tuple[fx.Node, fx.Node], Site] = {}
         self.by_source: dict[fx.Node, list[Site]] = {}
         self.changed = set(mutated_storages(self.model))
+        self.waiting: list[tuple[Write, Site]] = []  # in-place writes that are still to come
 
     def weave(self, left: Sequence[str]) -> list[fx.Node]:
         """Put all writes in, then redirect the uses.  Returns: what some nodes are in the end."""
@@ -191,6 +192,7 @@ class _Loom:
             for w in self.asked.writes
         ]
         for write, here in sorted(writes, key=lambda pair: (pair[0].location.since, not pair[0].in_place)):
+            self.waiting = [(w, h) for w, h in writes if w.in_place and w.location.since > write.location.since]
             (self._in_place if write.in_place else self._assign)(write, here)
         for site in reads:
             site.user.meta.update(value=self._snapshot(site), live=site.value)
@@ -247,12 +249,16 @@ class _Loom:
         same, memory = self._same(here.value), self._memory(here.value)
         value = self._value(write, memory)
         later = [s for s in self.sites if s.time > write.location.since and s is not here]
-        alike = {s for s in later if self._is_before(s.value, write) and self._same(s.value) is same}
-        has_views = any(self._memory(s.value) is memory for s in later if s not in alike)
-        if has_views:  # what is the same as it and what is a part of it, all change with the memory
-            return self._change_memory(memory, here, value, write)
+        alike = {s: s.value for s in later if self._is_before(s.value, write) and self._same(s.value) is same}
         for site in alike:
             site.value = value
+        if not any(self._memory(s.value) is memory for s in later):
+            return
+        again = any(storages(site.source) & storages(here.source) for _, site in self.waiting)
+        if again or self._is_changed(memory):  # views and all else that shares the memory must go on sharing it
+            for site, before in alike.items():
+                site.value = before
+        self._change_memory(memory, here, value, write)
 
     def _is_before(self, node: fx.Node, write: Write) -> bool:
         """Whether the node is there before the write: later ones get the written value through their own inputs."""
@@ -307,6 +313,18 @@ class _Loom:
         for user, values in changes.items():
             moved = partial(_moved, values)
             user.args, user.kwargs = fx.map_arg(user.args, moved), fx.map_arg(user.kwargs, moved)
+        self._share(changes)
+
+    def _share(self, changes: Mapping[fx.Node, Mapping[fx.Node, fx.Node]]) -> None:
+        """Views of what is another value now share its memory."""
+        before = {node: storages(node) for node in self.model}
+        for node in self.model:
+            new = changes.get(node, {})
+            old = {value: source for source, value in new.items()}
+            for value in node.all_input_nodes:
+                was, now = before.get(old.get(value, value), frozenset()), storages(value)
+                if len(was) == len(now) == 1 and was != now and was <= before[node]:
+                    node.meta["spec"] = renamed(node.meta["spec"], dict(zip(was, now, strict=True)))
 
 
 def _moved(values: Mapping[fx.Node, fx.Node], node: fx.Node) -> fx.Node:

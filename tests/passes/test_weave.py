@@ -184,7 +184,7 @@ border = aten.alias.default(neg)
 snapshot = aten.clone.default(border)
 mul = torch.mul(snapshot, 2)
 change = aten.copy_.default(border, mul)
-exp = aten.exp.default(border)
+exp = aten.exp.default(mul)
 abs_1 = aten.abs.default(left)
 return (exp, abs_1, snapshot,)"""
     )
