@@ -231,6 +231,8 @@ def parse_expr(node: ast.expr) -> Any:
             return symbol(name)
         case ast.BinOp(op=ast.Mult()):
             factors = [parse_expr(factor) for factor in _factors(node)]
+            if not all(x.is_Integer or x.is_Symbol for x in factors):
+                return sympy.Mul(*factors)  # at once: two by two, a number and a sum would be multiplied out
             return sympy.sympify(_product([int(x) if x.is_Integer else x for x in reversed(factors)]))
         case ast.BinOp():
             return _OPERATORS[type(node.op)](parse_expr(node.left), parse_expr(node.right))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fxsight.errors import InputError, TextError
@@ -45,6 +45,8 @@ def _parsed(text: str) -> sympy.Expr:
     return expr
 
 
+@example(2 * ((BATCH + 1) * (LENGTH + 1)))
+@example((2 * (BATCH + 1)) * (LENGTH + 1))
 @given(_EXPR)
 def test_sizes_print_as_they_are_read(expr: sympy.Expr) -> None:
     assert _parsed(str(expr)) == expr
