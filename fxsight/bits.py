@@ -29,16 +29,26 @@ COLUMNS = (1, 4, 8, 16, 32)
 _DRAWS = 16  # of columns whose numbers a tensor says
 
 
+Passes = tuple[NarrowReads | None, NarrowColumns | None]
+
+
 def narrow_exactly(program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> Program:
     """The program with ``NarrowReads`` and ``NarrowColumns`` as far as, for inputs of these sizes, each operator gives
     the same bits.
 
     weight: a parameter or buffer by name.  known: what has been tried; filled.
     """
+    return narrowed_by(program, sizes, weight, known)[1]
+
+
+def narrowed_by(program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> tuple[Passes, Program]:
+    """The same, and the passes that have made it; None for one that has left nothing out."""
     asked = narrowing(program, sizes, weight, known)
     narrowed = program if asked is None else asked(program)
     columns = narrowing_columns(narrowed, sizes, weight, known)
-    return narrowed if columns is None else columns.apply(narrowed, copies=narrowed is program).program
+    if columns is not None:
+        narrowed = columns.apply(narrowed, copies=narrowed is program).program
+    return (asked, columns), narrowed
 
 
 def narrowing(program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> NarrowReads | None:

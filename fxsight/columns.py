@@ -48,10 +48,13 @@ def few_columns(node: fx.Node) -> list[Reading] | None:
     width = tensor_spec(node).shape[-1] if is_tensor(node) and tensor_spec(node).shape else None
     if not isinstance(width, int):
         return None
-    found = [reading for reading in _readings(node, width) if reading is not None]
+    found: list[Reading] = []
+    for reading in _readings(node, width):
+        if reading is None:
+            return None
+        found.append(reading)
     pieces = [piece for reading in found for piece in reading.pieces]
-    is_known = found and None not in _readings(node, width)
-    return found if is_known and len(pieces) <= _MOST and SHARE * count(pieces) <= width else None
+    return found if found and len(pieces) <= _MOST and SHARE * count(pieces) <= width else None
 
 
 def count(pieces: Sequence[Piece]) -> int:
@@ -85,7 +88,7 @@ def _readings(node: fx.Node, width: int) -> Iterator[Reading | None]:
 def items_at(user: fx.Node, node: fx.Node) -> list[Any] | None:
     """What a user takes along each dimension; None where that cannot be said."""
     rank = len(tensor_spec(node).shape)
-    if user.op != "call_function" or user.args[:1] != (node,) or len(user.all_input_nodes) < 1 or user.kwargs:
+    if user.op != "call_function" or user.args[:1] != (node,) or user.kwargs:
         return None
     if sum(a is node for a in user.all_input_nodes) != 1:
         return None

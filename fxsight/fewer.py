@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsight.bits import Known, Sizes, narrowing, narrowing_columns
+from fxsight.bits import Known, Passes, Sizes, narrowed_by
 from fxsight.columns import count, narrowable
 from fxsight.node import is_tensor, tensor_spec
-from fxsight.passes.narrow_columns import NarrowColumns
 from fxsight.passes.narrow_reads import Move, NarrowReads, moves
 from fxsight.program import Program
 
@@ -42,7 +41,7 @@ class Fewer:
         self._program, self._sizes_of, self._weight, self._make, self._known = program, sizes_of, weight, make, known
         self._runs: dict[Any, Any] = {}  # by sizes; None where all rows are computed
         self._seen: set[Any] = set()  # sizes
-        self._made: dict[tuple[NarrowReads | None, NarrowColumns | None], Any] = {}
+        self._made: dict[Passes, Any] = {}
         self._moves: list[Move] | None = None
         self._columns: list[tuple[fx.Node, int]] = []  # linear layers of which few columns are read, and how many
 
@@ -69,14 +68,12 @@ class Fewer:
         rows = sum(self._rows_left_out(move, sizes) for move in self._moves)
         if rows + sum(self._columns_left_out(*layer, sizes) for layer in self._columns) < LEAST:
             return None
-        asked = narrowing(self._program, sizes, self._weight, self._known)
-        program = self._program if asked is None else asked(self._program)
-        columns = narrowing_columns(program, sizes, self._weight, self._known)
-        if asked is None and columns is None:
+        passes, narrowed = narrowed_by(self._program, sizes, self._weight, self._known)
+        if narrowed is self._program:
             return None
-        if (asked, columns) not in self._made:
-            self._made[asked, columns] = self._make(program if columns is None else columns(program))
-        return self._made[asked, columns]
+        if passes not in self._made:
+            self._made[passes] = self._make(narrowed)
+        return self._made[passes]
 
     def _rows_left_out(self, move: Move, sizes: Mapping[str, int]) -> int:
         """Multiply-adds of a linear layer on the rows that are not read."""
