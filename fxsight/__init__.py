@@ -46,14 +46,14 @@ if TYPE_CHECKING:
     from fxsight.grid import Grid as Grid
     from fxsight.language import LanguageModel as LanguageModel
     from fxsight.model import Model as Model
-    from fxsight.model import apply as apply
-    from fxsight.model import save as save
-    from fxsight.model import session as session
     from fxsight.plan import Plan as Plan
     from fxsight.program import Program as Program
     from fxsight.rewrite import Pass as Pass
     from fxsight.rewrite import Pipeline as Pipeline
     from fxsight.sessions import Session as Session
+    from fxsight.verbs import apply as apply
+    from fxsight.verbs import save as save
+    from fxsight.verbs import session as session
     from fxsight.view import View as View
 
 _HOMES = {
@@ -67,11 +67,12 @@ _HOMES = {
     "NotCached NotExecuted NotSavedError SweepWarning TraceError UnknownAddress WriteError",
     "grid": "Grid",
     "language": "LanguageModel",
-    "model": "Model apply save session",
+    "model": "Model",
     "plan": "Plan",
     "program": "Program",
     "rewrite": "Pass Pipeline",
     "sessions": "Session",
+    "verbs": "apply save session",
     "view": "View",
 }
 

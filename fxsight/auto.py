@@ -22,6 +22,7 @@ from fxsight.artifacts import Artifacts
 from fxsight.background import Workers
 from fxsight.compiled import Lowered
 from fxsight.effects import is_random, mutated_storages, storages
+from fxsight.errors import TraceError
 from fxsight.program import Program
 from fxsight.straight import straight
 from fxsight.tolerance import Difference, difference
@@ -29,12 +30,18 @@ from fxsight.varying import Varying, number_places
 
 Backend = Literal["auto", "eager", "inductor"]
 Tier = Literal["eager", "inductor"]
-BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")
+_BACKENDS: tuple[Backend, ...] = ("auto", "eager", "inductor")
 Exact = Callable[[], Sequence[Any] | None]
 GAIN = 0.98  # of the time that regions take, at most, for which one piece is worth other last bits
 ROUNDS = 3  # runs of each when two ways to run are measured against each other
 REMEMBERED = 4096  # sizes for which it is known how they run
 _NEVER = float("inf")
+
+
+def check_backend(backend: Any) -> None:
+    """Raises: TraceError for what is no backend."""
+    if backend not in _BACKENDS:
+        raise TraceError(f"no backend {backend!r}; one of {', '.join(_BACKENDS)}")
 
 
 class Use:

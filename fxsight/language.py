@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fxsight.auto import BACKENDS
+from fxsight.auto import check_backend
 from fxsight.context import open_block
 from fxsight.edit_text import edits_of
 from fxsight.errors import TraceError
@@ -190,8 +190,7 @@ class LanguageModel(Model):
         Raises: TraceError for an unknown backend, and for no prompt and no block; what ``generate`` raises for its
         arguments.
         """
-        if backend not in BACKENDS:
-            raise TraceError(f"no backend {backend!r}; one of {', '.join(BACKENDS)}")
+        check_backend(backend)
         own_arguments(self._module, "generate", {name: kwargs[name] for name in ("mode",) if name in kwargs})
         has_prompt = self._inputs.are_given(args, kwargs)
         if not trace and not has_prompt:

@@ -31,10 +31,10 @@ from fxsight.errors import FxsightError as NNsightException
 from fxsight.errors import NotExecuted as MissedProviderError
 from fxsight.errors import TraceError
 from fxsight.model import Model
-from fxsight.model import apply as apply
-from fxsight.model import save as save
 from fxsight.sessions import Session
 from fxsight.tracer import Tracer
+from fxsight.verbs import apply as apply
+from fxsight.verbs import save as save
 from fxsight.view import View
 
 __all__ = [
