@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxsight.address import Address
-from fxsight.body import QUIET
+from fxsight.arguments import QUIET
 from fxsight.causality import check_causal
 from fxsight.errors import EditError, FxsightError, InputError, NotExecuted, UnknownAddress
 from fxsight.intervention import Intervention

@@ -7,7 +7,8 @@ import warnings
 
 from torch import fx
 
-from fxsight.body import QUIET, Body
+from fxsight.arguments import QUIET
+from fxsight.body import Body
 from fxsight.errors import LostEditWarning
 from fxsight.intervention import Intervention
 from fxsight.mutate import mutate

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from fxsight.arguments import QUIET, Update
 from fxsight.backward import Arrival
-from fxsight.body import QUIET, Body, Demand, Update
+from fxsight.body import Body, Demand
 from fxsight.containers import thaw
 from fxsight.dressed import Dresser
 from fxsight.errors import TraceError, WriteError
