@@ -34,7 +34,7 @@ from fxsight.intervention import Intervention
 from fxsight.known import Step
 from fxsight.narrowed import Narrowed
 from fxsight.passes.joint_gradient import JointGradient
-from fxsight.passes.open_fused import open_above
+from fxsight.passes.open_fused import open_above, open_place
 from fxsight.passes.use_known import UseKnown
 from fxsight.past import Count
 from fxsight.pipeline import LESS, demand_pipeline, joint_for, pipeline_for, woven_pass
@@ -114,6 +114,7 @@ class Captures:
         self._watch: Watch | None = None
         self._found: dict[Any, Found] = {}
         self._opened: dict[tuple[int, Address], tuple[Program, Program]] = {}
+        self._inside: dict[tuple[int, Address], tuple[Program, Program]] = {}
 
     def of(self, method: str) -> Captures:
         """Those of another method of the module, or of a part by its path; in the same tables, under other keys."""
@@ -338,8 +339,15 @@ class Captures:
         """
         key = (id(program), address.place)
         if key not in self._opened:
-            self._opened[key] = (program, open_above(program, address, self.reader))
+            self._opened[key] = (program, open_above(program, address, self.reader, self._open_place))
         return self._opened[key][1]
+
+    def _open_place(self, program: Program, address: Address, reader: SourceReader) -> Program:
+        """One operator opened, for all addresses inside of it."""
+        key = (id(program), address.place)
+        if key not in self._inside:
+            self._inside[key] = (program, open_place(program, address, reader))
+        return self._inside[key][1]
 
     def places(self, program: Program) -> Places:
         """The places of one of these programs."""

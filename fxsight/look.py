@@ -1,7 +1,8 @@
 """A look at a model at this moment: what is known of the body and of the place at an address.
 
 ``Look`` asks the program of the open trace, else the one asked for last, else, while nothing has been captured, the
-source alone. It opens fused operators in copies of its own: nothing that runs changes by it.
+source alone. It opens fused operators in copies: nothing that runs changes by it. Those of an open trace are kept, for
+the trace and for later ones; others live as long as the look.
 """
 
 from __future__ import annotations
@@ -107,8 +108,16 @@ class Look:
         except (UnknownAddress, NotExecuted):
             if len(address.steps) < 2:
                 raise
-            return self._open(places, address.parent, lambda p: open_above(p, address, places.reader))
+            return self._opened_above(places, address)
         return places
+
+    def _opened_above(self, places: Places, address: Address) -> Places:
+        """What a trace will open, too, when it reads there, is opened once for both; elsewhere in a copy."""
+        if self.trace is None:
+            return self._open(places, address.parent, lambda p: open_above(p, address, places.reader))
+        captures = self.root._captures
+        kept: Places = captures.places(captures.opened(places.program, address))
+        return kept
 
     def find(self, address: Address) -> Place:
         """The place of an address.

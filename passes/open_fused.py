@@ -7,6 +7,7 @@ formula join the address book below the opened one (``splice``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
@@ -76,8 +77,13 @@ def open_place(program: Program, at: Address, reader: SourceReader) -> Program:
     return program if call is not None and call.body is not None else OpenFused(at.place)(program)
 
 
-def open_above(program: Program, at: Address, reader: SourceReader) -> Program:
+Opens = Callable[[Program, Address, SourceReader], Program]
+
+
+def open_above(program: Program, at: Address, reader: SourceReader, opens: Opens = open_place) -> Program:
     """The program in which ``at`` names a place: fused operators on the way down to it are opened.
+
+    opens: ``open_place``, or what remembers what that has returned.
 
     Raises: UnknownAddress, NotExecuted: when it names none even then.
     """
@@ -88,7 +94,7 @@ def open_above(program: Program, at: Address, reader: SourceReader) -> Program:
             above = above.parent
         if _missing(opened, above, reader) is not None or not _is_torch(Places(opened, reader).find(above)):
             raise error
-        deeper = open_place(opened, above, reader)
+        deeper = opens(opened, above, reader)
         if deeper is opened:
             raise error
         opened = deeper

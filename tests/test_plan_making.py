@@ -1,0 +1,63 @@
+"""What the making of a plan does once for all that is alike: counted, not timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxsight
+from fxsight import captures
+from tests import small
+
+LAYERS = 3
+
+
+def ids(seed: int) -> Tensor:
+    return torch.randint(0, 97, (2, 5), generator=torch.Generator().manual_seed(seed))
+
+
+def made() -> Any:
+    return fxsight.Model(small.gpt2(n_layer=LAYERS), cache=False)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """The first arguments of the calls of a function, from now on."""
+    found: list[Any] = []
+    plain: Callable[..., Any] = getattr(owner, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        found.append(args[0] if args else None)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counting)
+    return found
+
+
+def test_an_attention_is_opened_once_for_all_cells_and_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    opened = counted(monkeypatch, captures, "open_place")
+
+    def inside(layer: int) -> Any:
+        call = model.transformer.h[layer].attn.ops.attention_interface_0
+        return call.ops.torch_nn_functional_scaled_dot_product_attention_0.ops
+
+    def patterns(layer: int, head: int) -> Any:
+        inside(layer).softmax_0.output[:, head] = 0.25
+        return model.lm_head.output[:, -1]
+
+    def scores(layer: int, head: int) -> Any:
+        inside(layer).torch_matmul_0.output[:, head] = 0.5
+        return model.lm_head.output[:, -1]
+
+    grid = model.sweep(patterns, ids(0), layer=range(LAYERS), head=range(2))
+    assert len(opened) == LAYERS
+    others = model.sweep(scores, ids(0), layer=range(LAYERS), head=range(2))
+    assert len(opened) == LAYERS
+    for body, values in ((patterns, grid.values), (scores, others.values)):
+        with model.trace(ids(0)):
+            alone = body(1, 1).save()
+        assert torch.equal(values[1, 1], alone)
