@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fxsight.bits import narrow_exactly, narrowing_columns
+from fxsight.lower import eager
 from fxsight.passes import NarrowColumns
 from fxsight.spread import spread_columns
 from fxsight.testing import check_pass, listing, program_of, random_program
@@ -174,3 +175,24 @@ def test_the_bits_decide() -> None:
     never = dict.fromkeys(known, False)
     again = narrowing_columns(program, {"batch": 3, "length": 5}, weights.__getitem__, never)
     assert again is None or again.columns > asked.columns
+
+
+def test_one_number_is_not_the_same_by_chance() -> None:
+    """Sums of 16 products are often the same in another order: one result says nothing, so more are compared."""
+    program = program_of(
+        """
+        x: 'input 0'                                                                    # f32[1, 1, 16]
+        w: 'weight w'                                                                   # f32[98, 16]
+        logits = aten.linear.default(x, w)                                              # f32[1, 1, 98]
+        one = torch.Tensor.__getitem__(logits, (0, 0, 3))                               # f32[]
+        return (one,)
+        """
+    )
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        w, given = torch.randn(98, 16, generator=generator), torch.randn(20, 1, 1, 16, generator=generator)
+        known = dict[object, bool]()
+        narrow_exactly(program, {}, {"w": torch.zeros(98, 16)}.__getitem__, known)  # it learns afterwards
+        narrowed = narrow_exactly(program, {}, {"w": w}.__getitem__, known)
+        for x in given:
+            assert torch.equal(eager(narrowed)(x, w)[0], torch.nn.functional.linear(x, w)[0, 0, 3])
