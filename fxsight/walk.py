@@ -7,88 +7,38 @@ made, the statements so far are written down in it, and from there on the tree g
 
 What cannot be remembered (a number on demand, a branch, an object torch does not know) leaves the tree: the rest of the
 body is simply recorded.
+
+    Walk     statements: known, or written down, and the tree grows    (this file)
+    Again    what known statements gave, with values of this body      (``again``)
+    Keys     what tells statements apart                               (``keys``)
+    Slow     the trace, which writes down                              (``slow``)
+    Step     the tree                                                  (``known``)
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 
 from fxsight import _torch
-from fxsight.dressed import Dressed, Dresser, undress
+from fxsight.again import Again
+from fxsight.dressed import undress
 from fxsight.edit import Edit
-from fxsight.known import Finish, Number, Step, Unknown, described
+from fxsight.known import Finish, Step, Unknown, described
 from fxsight.lent import check_unchanged
 from fxsight.lines import user_line
 from fxsight.run import Executable
+from fxsight.slow import Slow, Writing
 from fxsight.tree import flatten
 from fxsight.value import NUMBERS, Cell, Members, Value, keep
 
-_PLAIN = frozenset(
-    [
-        int,
-        bool,
-        type(None),
-        complex,
-        type(...),
-        torch.dtype,
-        torch.device,
-        torch.layout,
-        torch.memory_format,
-        bytes,
-    ]
-)
-_ALL = ("all",)  # the key of ``[:]``
 _LEAVING = NUMBERS | {"register_hook", "nonzero", "argwhere", "masked_select", "unique"}
 
 
-class Writing(Protocol):
-    """What a walk needs of its recorder."""
-
-    line: Callable[[], str]
-    """The user's line of the statement that is written down."""
-    dresser: Dresser
-    """What watches the structures of the model in the body."""
-
-    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """One torch call on values."""
-        ...
-
-    def keep(self, value: Any) -> None:
-        """Mark a structured value as saved."""
-        ...
-
-
-class Slow(Protocol):
-    """What a walk needs of its trace."""
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether the body has looked at numbers, or has warned: then it is recorded each time."""
-        ...
-
-    def begin_recorder(self) -> Writing:
-        """The recorder, made now."""
-        ...
-
-    def do_read(self, address: Any, port: str) -> Any:
-        """A read, written down."""
-        ...
-
-    def do_write(self, address: Any, port: str, value: Any) -> None:
-        """A write, written down."""
-        ...
-
-    def do_edit(self, edit: Any) -> None:
-        """All statements of an edit, written down."""
-        ...
-
-
-class Walk:
+class Walk(Again):
     """One body on its way.
 
     root: where it begins.  names: of the model's weights by ``id``.  mark: what the spec of a value at a port depends
@@ -102,22 +52,15 @@ class Walk:
         names: Mapping[int, str],
         mark: Callable[[Any, str], tuple[int, ...]] = lambda address, port: (),
     ) -> None:
+        super().__init__(names)
         self._mark = mark
         self._trace: Slow | None = trace
-        self._names = names
         self.step: Step | None = root
         self.fast = True  # nothing has been written down yet
         self.live = True  # statements go through the walk
         self._busy = False
         self._log: list[tuple[str, tuple[Any, ...], Any, Step]] = []
-        self.values: list[Value] = []
-        self._tensors: list[torch.Tensor] = []
-        self._versions: list[int] = []
-        self._ids: dict[int, int] = {}
         self._recorder: Writing | None = None
-        self._dressed: list[Dressed] = []
-        self._structures: dict[int, int] = {}
-        self._building = False
         self._differentiates = torch.is_grad_enabled()
 
     @property
@@ -191,59 +134,11 @@ class Walk:
         self._learn(key, result)
         return result
 
-    # -- the known way -----------------------------------------------------------------------------------------------
-
-    def _again(self, step: Step) -> Any:
-        """What the statement gave, with values of this body."""
-        if step.kind == "same":
-            return self.values[step.data]
-        if step.kind == "many":
-            tree, leaves, is_members = step.data
-            made = [self._value(step, leaf) if type(leaf) is Number else leaf for leaf in leaves]
-            return self._members(made) if is_members else tree.build(made)
-        if step.kind == "fields":
-            return self._structure(step)
-        return step.data
-
-    def _structure(self, step: Step) -> Any:
-        """A model output or dataclass, as the recorder makes it."""
-        mould, leaves, address = step.data
-        made = [self._value(step, leaf) if type(leaf) is Number else leaf for leaf in leaves]
-        self._building = True
-        try:
-            structure, filled = mould.fill(made)
-        finally:
-            self._building = False
-        self._dressed.append(Dressed(structure, made, filled.is_whole, address))
-        return self._with_save(structure)
-
-    def _with_save(self, structure: Any) -> Any:
-        object.__setattr__(structure, "save", partial(self._save_structure, structure))
-        self._structures[id(structure)] = len(self._structures)
-        return structure
-
-    def _save_structure(self, structure: Any) -> Any:
-        if self.live:
-            self._statement(("save structure", self._structures[id(structure)]), "save", (structure,))
-        else:
-            keep(structure)
-        return structure
-
     def _value(self, step: Step, number: int) -> Value:
         value = Value.shaped(*step.shapes[number])
         value.walk, value.number = self, len(self.values)
         self.values.append(value)
         return value
-
-    def _members(self, made: list[Any]) -> Members:
-        members = Members(made)
-
-        def assign(key: int, value: Any) -> None:
-            self.leave()
-            members.writer(key, value)  # by now that of the recorder
-
-        members.writer = assign
-        return members
 
     # -- off the known way -------------------------------------------------------------------------------------------
 
@@ -338,57 +233,6 @@ class Walk:
             value.walk, value.number = self, len(self.values)
             self.values.append(value)
         return step
-
-    # -- keys --------------------------------------------------------------------------------------------------------
-
-    def _key(self, leaf: Any) -> Any:
-        """What of an argument decides what the statement gives.
-
-        Raises: Unknown for an object that is not known here.
-        """
-        kind = type(leaf)
-        if kind in _PLAIN:
-            return (kind, leaf)
-        if kind is Value:
-            if leaf.walk is not self:
-                raise Unknown
-            return (Value, leaf.number)
-        if kind is str:
-            return leaf
-        if kind is float:
-            return (kind, leaf if leaf else str(leaf))  # -0.0 equals 0.0
-        if kind is tuple or kind is list or kind is torch.Size:
-            return (kind, *map(self._key, leaf))
-        if kind is slice:
-            if leaf.start is leaf.stop is leaf.step is None:
-                return _ALL
-            return (kind, self._key(leaf.start), self._key(leaf.stop), self._key(leaf.step))
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            return self._tensor_key(leaf)
-        if id(leaf) in self._structures:
-            return ("structure", self._structures[id(leaf)])
-        if kind is dict:
-            return (kind, *((name, self._key(value)) for name, value in leaf.items()))
-        raise Unknown
-
-    def _tensor_key(self, tensor: torch.Tensor) -> Any:
-        number = self._ids.get(id(tensor))
-        if number is not None:
-            return ("known", number)
-        number = self._ids[id(tensor)] = len(self._tensors)
-        self._tensors.append(tensor)
-        self._versions.append(_torch.version(tensor))
-        name = self._names.get(id(tensor))
-        if name is not None:
-            return ("weight", name)
-        return ("tensor", number, tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.requires_grad)
-
-    def learning(self, weights: Iterable[torch.Tensor], inputs: Sequence[Any]) -> Any:
-        """What requires gradients now, and which tensors of the body are inputs."""
-        places = {id(x): i for i, x in enumerate(inputs)}
-        given = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-        same = tuple(places.get(id(tensor), -1) for tensor in self._tensors)
-        return (tuple(weight.requires_grad for weight in weights), given, same)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
