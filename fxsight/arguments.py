@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxsight import _torch
+from fxsight.cell import Cell, Recording
 from fxsight.errors import TextError, TraceError
 from fxsight.given import Given
 from fxsight.lent import place_in, share_memory
@@ -23,7 +24,7 @@ from fxsight.node import Origin
 from fxsight.spec import TensorSpec
 from fxsight.targets import argument_text, find_target, target_name
 from fxsight.tree import map_leaves
-from fxsight.value import Cell, Recording, Value, fake_mode, values_in
+from fxsight.value import Value, fake_mode, values_in
 
 QUIET = "quiet"  # in the meta of nodes that are not statements of the user's: rows of an invoke, views taken again
 

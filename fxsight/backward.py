@@ -15,13 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from fxsight.cell import Cell, Recording
 from fxsight.context import here
 from fxsight.custom_calls import Body, CustomCalls
 from fxsight.errors import TraceError, WriteError
 from fxsight.gradient import Backward, gradient
 from fxsight.node import Origin
 from fxsight.spec import TensorSpec
-from fxsight.value import Cell, Recording, Value
+from fxsight.value import Value
 
 NEXT = -1  # the pass that is not there yet
 

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fxsight.backward import Gradients, about_gradients
+from fxsight.cell import Cell, Recording
 from fxsight.containers import savable
 from fxsight.errors import TraceError
 from fxsight.inplace import InPlace
@@ -29,7 +30,7 @@ from fxsight.rules import Rule, Table, rule_for
 from fxsight.spec import TensorSpec
 from fxsight.targets import target_name
 from fxsight.tree import Tree, flatten, map_leaves
-from fxsight.value import NUMBERS, Cell, Recording, Value, values_in
+from fxsight.value import NUMBERS, Value, values_in
 
 Demand = Callable[[Sequence[fx.Node]], list[torch.Tensor]]
 

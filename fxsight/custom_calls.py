@@ -17,12 +17,13 @@ from torch import fx
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from fxsight import _torch
+from fxsight.cell import Cell, Recording
 from fxsight.errors import TraceError
 from fxsight.gradient import arrived, custom_function
 from fxsight.node import Origin
 from fxsight.spec import TensorSpec
 from fxsight.tree import flatten
-from fxsight.value import Cell, Recording, Value
+from fxsight.value import Value
 
 Written = tuple[str, tuple[str, ...], tuple[str | None, ...]]  # as in ``Backward.functions``
 

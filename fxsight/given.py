@@ -12,10 +12,11 @@ from torch import fx
 
 from fxsight import _torch
 from fxsight.backward import Gradients
+from fxsight.cell import Recording
 from fxsight.lent import check_unchanged, sealed
 from fxsight.node import Origin
 from fxsight.spec import TensorSpec
-from fxsight.value import Recording, Value
+from fxsight.value import Value
 
 
 class Given:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fxsight.arguments import Arguments
+from fxsight.cell import Cell, Recording
 from fxsight.mutate import SELF, ViewStep, mutate
 from fxsight.rules import Rule
 from fxsight.tree import Tree
-from fxsight.value import Cell, Recording
 
 
 class InPlace(Arguments):

@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 
 from fxsight.address import Address
+from fxsight.cell import Cell, Ended
 from fxsight.mould import Mould
 from fxsight.run import Executable
 from fxsight.spec import TensorSpec
 from fxsight.tree import flatten
-from fxsight.value import Cell, Ended, Members, Value, shaped
+from fxsight.value import Members, Value, shaped
 
 WAYS = 256  # kept after one statement; a body whose numbers vary more is recorded each time
 

@@ -17,6 +17,7 @@ from torch import fx
 from fxsight.arguments import QUIET, Update
 from fxsight.backward import Arrival
 from fxsight.body import Body, Demand
+from fxsight.cell import Cell
 from fxsight.containers import thaw
 from fxsight.dressed import Dresser
 from fxsight.errors import TraceError, WriteError
@@ -29,7 +30,7 @@ from fxsight.place import Location, Places
 from fxsight.resize import resize
 from fxsight.rows import Rows
 from fxsight.spec import TensorSpec
-from fxsight.value import Cell, Value
+from fxsight.value import Value
 
 Phase = Literal["open", "waiting", "done"]
 

@@ -17,6 +17,7 @@ from fxsight.asked import asked_in_all, demanded, results_of
 from fxsight.auto import Backend, Tier
 from fxsight.become import become
 from fxsight.captures import Captures
+from fxsight.cell import check_usable
 from fxsight.context import here
 from fxsight.edit import Edit
 from fxsight.effects import is_random
@@ -36,7 +37,7 @@ from fxsight.rows import Call, Rows
 from fxsight.run import Executable
 from fxsight.sizes import holds
 from fxsight.tree import flatten, plain_leaves
-from fxsight.value import Value, check_usable, values_in
+from fxsight.value import Value, values_in
 from fxsight.walk import Walk
 
 

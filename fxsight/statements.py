@@ -11,6 +11,7 @@ from typing import Any
 
 from fxsight.address import Address
 from fxsight.causality import check_causal, check_edit
+from fxsight.cell import check_usable
 from fxsight.context import here
 from fxsight.edit import Edit, replay
 from fxsight.errors import NotExecuted, TraceError, UnknownAddress
@@ -20,7 +21,7 @@ from fxsight.record import Recorder
 from fxsight.rows import overlap
 from fxsight.running import Running
 from fxsight.sizes import check_guards
-from fxsight.value import Value, check_usable, values_in
+from fxsight.value import Value, values_in
 from fxsight.write import check_write, present
 
 

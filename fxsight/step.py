@@ -16,6 +16,7 @@ from fxsight.auto import Backend
 from fxsight.become import become
 from fxsight.book import SizeRef
 from fxsight.captures import Captures
+from fxsight.cell import not_saved
 from fxsight.cursor import Cursor
 from fxsight.edit import Edit
 from fxsight.effects import changes_inputs
@@ -37,7 +38,7 @@ from fxsight.sizes import bind_sizes
 from fxsight.spec import parse_dims
 from fxsight.tracer import Tracer
 from fxsight.tree import flatten
-from fxsight.value import Value, not_saved
+from fxsight.value import Value
 from fxsight.walk import Walk
 
 

@@ -25,6 +25,7 @@ import torch
 
 from fxsight import _torch
 from fxsight.again import Again
+from fxsight.cell import Cell
 from fxsight.dressed import undress
 from fxsight.edit import Edit
 from fxsight.known import Finish, Step, Unknown, described
@@ -33,7 +34,7 @@ from fxsight.lines import user_line
 from fxsight.run import Executable
 from fxsight.slow import Slow, Writing
 from fxsight.tree import flatten
-from fxsight.value import NUMBERS, Cell, Members, Value, keep
+from fxsight.value import NUMBERS, Members, Value, keep
 
 _LEAVING = NUMBERS | {"register_hook", "nonzero", "argwhere", "masked_select", "unique"}
 
