@@ -91,13 +91,14 @@ def _key_of_scaling(leaf: Any) -> Any:
 
 
 def _try(func: Any, tree: Tree, fakes: list[Any], mode: Any) -> Rule:
-    before = [_torch.version(fake) if isinstance(fake, torch.Tensor) else 0 for fake in fakes]
-    args, kwargs = tree.build(fakes)
-    try:
-        with mode, torch.no_grad():
+    with torch.inference_mode(False), mode, torch.no_grad():
+        fakes = _counting(fakes)
+        before = [_torch.version(fake) if isinstance(fake, torch.Tensor) else 0 for fake in fakes]
+        args, kwargs = tree.build(fakes)
+        try:
             result = func(*args, **kwargs)
-    except _torch.NeedsData:
-        return Rule(tree, needs_data=True)
+        except _torch.NeedsData:
+            return Rule(tree, needs_data=True)
     moved = [i for i, f in enumerate(fakes) if isinstance(f, torch.Tensor) and _torch.version(f) != before[i]]
     if len({id(fakes[i]) for i in moved}) > 1:
         raise TraceError(f"{getattr(func, '__name__', func)} changes several tensors in place; write one call for each")
@@ -106,6 +107,15 @@ def _try(func: Any, tree: Tree, fakes: list[Any], mode: Any) -> Rule:
     returned = changed is not None and result is fakes[changed]
     views = tuple(_view_of(leaf, fakes) for leaf in found)
     return Rule(shape, tuple(map(_described, found)), views, changed, returned)
+
+
+def _counting(fakes: list[Any]) -> list[Any]:
+    """The same tensors, such that torch counts their changes: of those that are made in inference mode it does not."""
+    made: dict[int, Any] = {}
+    for fake in fakes:
+        if isinstance(fake, torch.Tensor) and fake.is_inference():
+            made[id(fake)] = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+    return [made.get(id(fake), fake) for fake in fakes]
 
 
 def _view_of(leaf: Any, fakes: list[Any]) -> int | None:
