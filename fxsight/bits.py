@@ -341,5 +341,6 @@ def _value(node: fx.Node, sizes: Sizes, weight: Callable[[str], Any], generator:
             return found
     spec = tensor_spec(node).at(sizes)
     length = 1 + sum((n - 1) * s for n, s in zip(spec.numbers, spec.steps, strict=True))
-    numbers = torch.randn(max(length, 1), generator=generator)
+    wide = torch.float64 if spec.dtype in (torch.float64, torch.complex128) else torch.float32
+    numbers = torch.randn(max(length, 1), generator=generator, dtype=wide)  # all bits of it: products are rounded, too
     return numbers.to(spec.device, spec.dtype).as_strided(spec.numbers, spec.steps)

@@ -177,22 +177,27 @@ def test_the_bits_decide() -> None:
     assert again is None or again.columns > asked.columns
 
 
-def test_one_number_is_not_the_same_by_chance() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_number_is_not_the_same_by_chance(dtype: torch.dtype) -> None:
     """Sums of 16 products are often the same in another order: one result says nothing, so more are compared."""
+    short = "f32" if dtype == torch.float32 else "f64"
     program = program_of(
-        """
-        x: 'input 0'                                                                    # f32[1, 1, 16]
-        w: 'weight w'                                                                   # f32[98, 16]
-        logits = aten.linear.default(x, w)                                              # f32[1, 1, 98]
-        one = torch.Tensor.__getitem__(logits, (0, 0, 3))                               # f32[]
+        f"""
+        x: 'input 0'                                                                    # {short}[1, 1, 16]
+        w: 'weight w'                                                                   # {short}[98, 16]
+        logits = aten.linear.default(x, w)                                              # {short}[1, 1, 98]
+        one = torch.Tensor.__getitem__(logits, (0, 0, 3))                               # {short}[]
         return (one,)
         """
     )
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
-        w, given = torch.randn(98, 16, generator=generator), torch.randn(20, 1, 1, 16, generator=generator)
+        w, given = (
+            torch.randn(98, 16, generator=generator, dtype=dtype),
+            torch.randn(20, 1, 1, 16, generator=generator, dtype=dtype),
+        )
         known = dict[object, bool]()
-        narrow_exactly(program, {}, {"w": torch.zeros(98, 16)}.__getitem__, known)  # it learns afterwards
+        narrow_exactly(program, {}, {"w": torch.zeros(98, 16, dtype=dtype)}.__getitem__, known)  # it learns afterwards
         narrowed = narrow_exactly(program, {}, {"w": w}.__getitem__, known)
         for x in given:
             assert torch.equal(eager(narrowed)(x, w)[0], torch.nn.functional.linear(x, w)[0, 0, 3])
