@@ -98,7 +98,8 @@ def _alike(
     asked, constants = lifted(cells[0].asked, which), constants_of(cells)
     varies = varying_constants(constants) if mode == "fast" else frozenset[int]()
     try:
-        whole = cell_pass(asked, bool(varies))(staged[id(captured)].of(cells[0].asked))
+        own = staged[id(captured)].of(cells[0].asked)
+        whole = cell_pass(asked, bool(varies)).apply(own, copies=own is captured).program
     except CausalityError:  # one stage may depend on more than one of its operators does
         whole = cell_pass(asked)(captured)
     if varies:  # one cell alone is computed as in mode exact

@@ -22,7 +22,8 @@ from fxsight.spec import TensorSpec
 
 def storages(node: fx.Node) -> frozenset[str]:
     """The memory a value may share, by name of its first node."""
-    return frozenset(_storages(node.meta.get("spec")))
+    spec = node.meta.get("spec")
+    return frozenset((spec.storage,)) if type(spec) is TensorSpec else frozenset(_storages(spec))
 
 
 def _storages(spec: Any) -> Iterator[str]:

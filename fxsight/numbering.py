@@ -79,8 +79,11 @@ def value_numbers(
 
 def formula(node: fx.Node, number: Callable[[fx.Node], int]) -> Hashable:
     """The function and its arguments, with value numbers for nodes."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number(n)}")
-    return node.target, argument_text(args), argument_text(kwargs)
+
+    def named(source: fx.Node) -> str:
+        return f"%{number(source)}"
+
+    return node.target, argument_text(node.args, named), argument_text(node.kwargs, named)
 
 
 def has_effects(nodes: Iterable[fx.Node]) -> bool:

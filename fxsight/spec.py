@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -127,11 +128,29 @@ def number(dim: Any, sizes: Mapping[str, int]) -> int:
     """
     if isinstance(dim, int):
         return dim
+    plain = _plain_number(dim, sizes)
+    if plain is not None:
+        return plain
     value = dim.xreplace({s: sympy.Integer(sizes[s.name]) for s in dim.free_symbols if s.name in sizes})
     if value.free_symbols:
         names = ", ".join(sorted(s.name for s in value.free_symbols))
         raise InputError(f"the size {dim} is only known when the model runs (it depends on {names})")
     return int(value)
+
+
+def _plain_number(dim: Any, sizes: Mapping[str, int]) -> int | None:
+    """That of a size, and of sums and products of sizes and integers, without asking sympy; None for all else."""
+    if dim.is_Symbol:
+        return sizes.get(dim.name)
+    if dim.is_Integer:
+        return int(dim)
+    if not (dim.is_Add or dim.is_Mul):
+        return None
+    parts = [_plain_number(part, sizes) for part in dim.args]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return sum(known) if dim.is_Add else math.prod(known)
 
 
 def spec_of(value: Any, names: Mapping[Any, sympy.Symbol], storages: dict[int, str], node: str) -> Spec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,16 +19,21 @@ class Stage:
         linear = aten.linear.default(relu, weight)
     is ``linear = stage(table, x)``: the same kernels in the same order.
 
-    title: the block that they are of.  graph: the operators; its placeholders are the weights, the literals, then what
-    the stage takes.  run: the graph as a function that returns its results in order.
+    title: the block that they are of.  make: makes ``graph``, when that is asked for.
+    run: the graph as a function that returns its results in order; stages that differ in weights alone share its code.
     weights: their names in the module.  literals: tensors of the model's own code.
     """
 
     title: str
-    graph: fx.Graph = field(repr=False)
+    make: Callable[[], fx.Graph] = field(repr=False)
     run: Callable[..., list[Any]] = field(repr=False)
     weights: tuple[str, ...] = field(repr=False)
     literals: Mapping[str, torch.Tensor] = field(repr=False)
+
+    @cached_property
+    def graph(self) -> fx.Graph:
+        """The operators; its placeholders are the weights, the literals, then what the stage takes."""
+        return self.make()
 
     @property
     def given(self) -> int:

@@ -12,9 +12,9 @@ A piece that a cell touches inside keeps its operators.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +33,7 @@ from fxsight.spec import TensorSpec, renamed
 from fxsight.stage import Stage, Table
 from fxsight.straight import straight
 from fxsight.tree import Tree
+from fxsight.written import titled
 
 _BORDER = torch.ops.aten.alias.default
 
@@ -43,6 +44,7 @@ class Stages:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._known: dict[Hashable, Stage] = {}
+        self._functions: dict[Hashable, Callable[..., list[Any]]] = {}
         self.table = Table(self._find)
 
     def _find(self) -> Mapping[Stage, Sequence[Any]]:
@@ -53,12 +55,16 @@ class Stages:
 
     def of(self, title: str, program: Program, call: _Call) -> Stage:
         """The stage that does what some nodes of a program do."""
-        graph = _graph(call)
         weights = tuple(str(binding_of(n).key) for n in call.fixed if binding_of(n).kind == "weight")
         literals = {k: program.literals[k] for k in (str(binding_of(n).key) for n in call.fixed[len(weights) :])}
-        key = (_formulas(graph), weights, tuple(map(id, literals.values())))
+        formulas = _formulas(call)
+        key = (formulas, weights, tuple(map(id, literals.values())))
         if key not in self._known:
-            self._known[key] = Stage(title, graph, straight(graph, title or "stage"), weights, literals)
+            make = partial(_graph, call)
+            if formulas not in self._functions:
+                self._functions[formulas] = straight(make(), title or "stage")
+            run = titled(self._functions[formulas], title or "stage")
+            self._known[key] = Stage(title, make, run, weights, literals)
         return self._known[key]
 
 
@@ -111,15 +117,21 @@ def _graph(call: _Call) -> fx.Graph:
     return graph
 
 
-def _formulas(graph: fx.Graph) -> Hashable:
-    """Equal for graphs that do the same on values of the same shapes, and with the same memory in common."""
+def _formulas(call: _Call) -> Hashable:
+    """Equal for calls that do the same on values of the same shapes, and with the same memory in common."""
     numbers, memory = dict[fx.Node, int](), Numbering()
     rows: list[Any] = []
-    for node in graph.nodes:
-        said = () if node.op == "placeholder" else formula(node, numbers.__getitem__)
-        rows.append((said, _about(node.meta.get("spec"), memory)))
+
+    def number(node: fx.Node) -> int:
+        return numbers[node if node in numbers else behind(node, call.inside)]
+
+    for node in (*call.fixed, *call.inputs):
+        rows.append(_about(node.meta.get("spec"), memory))
         numbers[node] = len(rows)
-    return tuple(rows)
+    for node in call.nodes:
+        rows.append((formula(node, number), _about(node.meta.get("spec"), memory)))
+        numbers[node] = len(rows)
+    return len(call.fixed), tuple(rows), tuple(map(number, call.outputs))
 
 
 def _about(spec: Any, memory: Numbering) -> Hashable:
@@ -172,13 +184,33 @@ class _Piece:
         return found
 
     @cached_property
+    def given(self) -> frozenset[fx.Node]:
+        """All values from outside."""
+        return frozenset[fx.Node]().union(*self.inputs.values())
+
+    @cached_property
     def memory(self) -> frozenset[str]:
         """The memory that it is given."""
-        return frozenset[str]().union(*(storages(a) for found in self.inputs.values() for a in found))
+        return frozenset[str]().union(*map(storages, self.given))
 
-    def calls(self, changed: set[fx.Node], program: Program, stages: Stages) -> Sequence[tuple[Stage, _Call]]:
+    @cached_property
+    def seen(self) -> Mapping[fx.Node, frozenset[str]]:
+        """What others see of it, and its memory."""
+        return {node: storages(node) for node in (*self.outputs, *self.passed)}
+
+    @cached_property
+    def seen_memory(self) -> frozenset[str]:
+        """The memory of all that."""
+        return frozenset[str]().union(*self.seen.values())
+
+    def changes(self, changed: Set[fx.Node], written: frozenset[str]) -> Iterator[fx.Node]:
+        """What others see of it that is another value where some values, and some memory, are changed."""
+        if changed & self.given or written & self.seen_memory:
+            yield from (n for n, memory in self.seen.items() if memory & written or self.inputs[n] & changed)
+
+    def calls(self, changed: Set[fx.Node], program: Program, stages: Stages) -> Sequence[tuple[Stage, _Call]]:
         """The stages that do it: what does not depend on changed values has one of its own."""
-        varies = frozenset(a for found in self.inputs.values() for a in found if a in changed)
+        varies = self.given & changed
         if varies not in self._calls:
             self._calls[varies] = [(stages.of(self.title, program, call), call) for call in self._cut(varies)]
         return self._calls[varies]
@@ -226,6 +258,13 @@ class Staging:
         self.pieces = [
             p for region in cut(program) for p in self._pieces(region.place, region.nodes, sorted(ends), wanted)
         ]
+        self._made_in = {node: piece for piece in self.pieces for node in piece.nodes}
+        self._no_stages = frozenset(piece for piece in self.pieces if not piece.is_valid)
+        self.placeholders = {n: is_fixed(n) for n in program.graph.nodes if n.op == "placeholder"}
+        self._given: dict[str, list[fx.Node]] = {}
+        for node in self.placeholders:
+            for storage in storages(node):
+                self._given.setdefault(storage, []).append(node)
 
     def _pieces(
         self, title: str, nodes: Sequence[fx.Node], ends: Sequence[float], wanted: set[fx.Node]
@@ -250,13 +289,13 @@ class Staging:
 
     def of(self, asked: Intervention) -> Program:
         """The program with all but what is touched as stages; itself where that cannot be."""
-        spots, nodes = _spots(asked), self.program.nodes
+        nodes = self.program.nodes
         written = frozenset(s for w in asked.writes for s in storages(nodes[w.location.node]))
-        flat = {p for p in self.pieces if not p.is_valid or any(self._touches(p, spot) for spot in spots)}
+        flat = self._no_stages.union(*map(self._touched, _spots(asked)))
         if len(flat) == len(self.pieces) or written & self._fixed:
             return self.program
-        build = _Build(self, flat, {nodes[spot.node] for spot in spots})
-        changed = {n for n in self.program.nodes.values() if n.op == "placeholder" and storages(n) & written}
+        build = _Build(self, flat, {nodes[spot.node] for spot in _spots(asked)})
+        changed = {n for storage in written for n in self._given.get(storage, ())}
         for piece in self.pieces:
             if piece in flat:
                 build.operators(piece.nodes)
@@ -265,19 +304,19 @@ class Staging:
                         changed.add(node)
             else:
                 build.stages(piece, piece.calls(changed, self.program, self.stages))
-                for node in (*piece.outputs, *piece.passed):
-                    if storages(node) & written or piece.inputs[node] & changed:
-                        changed.add(node)
+                changed.update(piece.changes(changed, written))
         return build.finish()
 
-    def _touches(self, piece: _Piece, spot: Location) -> bool:
-        """Whether a place is inside of a piece, so that its operators must be seen."""
+    def _touched(self, spot: Location) -> Iterator[_Piece]:
+        """The pieces that a place is inside of, so that their operators must be seen."""
         node = self.program.nodes[spot.node]
-        if node in piece.inputs and not (node in piece.outputs and piece.last <= spot.since):
-            return True
-        ends = self._ends(spot)[1:]
-        inside = any(piece.first <= end < piece.last for end in ends)
-        return inside and bool(storages(node) & piece.memory)
+        made_in = self._made_in.get(node)
+        if made_in is not None and not (node in made_in.outputs and made_in.last <= spot.since):
+            yield made_in
+        ends, memory = self._ends(spot)[1:], storages(node)
+        for piece in self.pieces:
+            if any(piece.first <= end < piece.last for end in ends) and memory & piece.memory:
+                yield piece
 
 
 def _last_uses(program: Program) -> Mapping[str, float]:
@@ -296,14 +335,14 @@ class _Build:
     wanted: nodes that stay, borders of modules, too.
     """
 
-    def __init__(self, staging: Staging, flat: set[_Piece], wanted: set[fx.Node]) -> None:
+    def __init__(self, staging: Staging, flat: Set[_Piece], wanted: set[fx.Node]) -> None:
         self.staging, self.graph = staging, fx.Graph()
         self._made: dict[fx.Node, fx.Node] = {}
         self._names: dict[str, str] = {}  # memory that is made in a stage: its first value that is seen
         self._wanted = wanted
         used = {a for piece in flat for node in piece.nodes for a in node.all_input_nodes} | wanted
-        for node in staging.program.graph.nodes:
-            if node.op == "placeholder" and (not is_fixed(node) or node in used):
+        for node, fixed in staging.placeholders.items():
+            if not fixed or node in used:
                 self._made[node] = self.graph.node_copy(node)
         self._table = self._node(staging.stages.table, (), "table", (), 0.0)
 
@@ -330,7 +369,7 @@ class _Build:
             if len(call.outputs) == 1:
                 self._seen(call.outputs[0], stage, args, piece.first)
                 continue
-            whole = self._node(stage, args, "stage", (), piece.first)
+            whole = self._node(stage, args, f"{call.outputs[0].name}_stage", (), piece.first)
             for number, node in enumerate(call.outputs):
                 self._seen(node, operator.getitem, (whole, number), piece.first)
 

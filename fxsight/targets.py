@@ -74,30 +74,37 @@ def _is_step(step: Any) -> bool:
     return isinstance(step, tuple) and len(step) == 4 and all(map(isinstance, step, kinds))
 
 
-def argument_text(value: Any) -> str:
-    """An argument of a node as Python text.
+def _name(node: fx.Node) -> str:
+    return node.name
+
+
+_PLAIN = frozenset([type(None), bool, int, str])
+
+
+def argument_text(value: Any, named: Callable[[fx.Node], str] = _name) -> str:
+    """An argument of a node as Python text.  named: of a node.
 
     Raises: TextError for a value that cannot stand in a program.
     """
+    if type(value) in _PLAIN:
+        return repr(value)
     match value:
         case fx.Node():
-            return value.name
+            return named(value)
         case tuple():
-            return f"({', '.join(map(argument_text, value))}{',' if len(value) == 1 else ''})"
+            return f"({', '.join([argument_text(v, named) for v in value])}{',' if len(value) == 1 else ''})"
         case list():
-            return f"[{', '.join(map(argument_text, value))}]"
+            return f"[{', '.join([argument_text(v, named) for v in value])}]"
         case dict():
-            return "{" + ", ".join(f"{k!r}: {argument_text(v)}" for k, v in value.items()) + "}"
+            return "{" + ", ".join([f"{k!r}: {argument_text(v, named)}" for k, v in value.items()]) + "}"
         case slice():
-            return f"slice({argument_text(value.start)}, {argument_text(value.stop)}, {argument_text(value.step)})"
+            return f"slice({', '.join([argument_text(v, named) for v in (value.start, value.stop, value.step)])})"
         case torch.device():
             return f"torch.device({str(value)!r})"
         case torch.dtype() | torch.layout() | torch.memory_format():
             return str(value)
         case float() if not math.isfinite(value):
             return f"float({str(value)!r})"
-        case torch.Size():
-            return argument_text(list(value))
         case sympy.Expr():
             return str(value)
         case None | bool() | int() | float() | complex() | str():
@@ -106,3 +113,18 @@ def argument_text(value: Any) -> str:
             return "..."
         case _:
             raise TextError(f"a {type(value).__name__} cannot be an argument in a program: {value!r}")
+
+
+def check_argument(value: Any) -> None:
+    """Whether an argument of a node can be written.
+
+    Raises: TextError for a value that cannot stand in a program.
+    """
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            check_argument(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            check_argument(part)
+    elif not (type(value) in _PLAIN or isinstance(value, fx.Node)):
+        argument_text(value)

@@ -15,7 +15,7 @@ from torch import fx
 from fxsight.errors import ProgramError, TextError
 from fxsight.node import Fixed, output_node
 from fxsight.program import Program
-from fxsight.targets import argument_text, check_call, target_name
+from fxsight.targets import check_argument, check_call, target_name
 
 
 def verify(program: Program) -> Program:
@@ -61,8 +61,8 @@ def _check_call(program: Program, node: fx.Node) -> None:
     try:
         target_name(node.target)
         check_call(node.target, node.args)
-        for argument in (*node.args, *node.kwargs.values()):
-            argument_text(argument)
+        check_argument(node.args)
+        check_argument(node.kwargs)
     except TextError as error:
         _rule(False, program, "callable", node, str(error))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import CodeType, FunctionType
 from typing import Any
 
 
@@ -14,3 +15,10 @@ def written(lines: Sequence[str], title: str, known: Mapping[str, Any]) -> Any:
     names = dict(known)
     exec(compile("\n".join(lines), f"<{title}>", "exec"), names)
     return names[lines[0].removeprefix("def ").partition("(")[0]]
+
+
+def titled(function: Callable[..., Any], title: str) -> Callable[..., Any]:
+    """A function that has been written out, under another title."""
+    assert isinstance(function, FunctionType)
+    code: CodeType = function.__code__
+    return FunctionType(code.replace(co_filename=f"<{title}>"), function.__globals__, function.__name__)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import fxsight
-from fxsight import captures
+from fxsight import captures, staged
+from fxsight.stage import Stage
 from tests import small
 
 LAYERS = 3
@@ -61,3 +62,35 @@ def test_an_attention_is_opened_once_for_all_cells_and_sweeps(monkeypatch: pytes
         with model.trace(ids(0)):
             alone = body(1, 1).save()
         assert torch.equal(values[1, 1], alone)
+
+
+def scale_at(model: Any) -> Callable[..., Any]:
+    def scale(layer: int, position: int) -> Any:
+        model.transformer.h[layer].input[:, position] *= 2.0
+        return model.lm_head.output[:, -1]
+
+    return scale
+
+
+def test_blocks_that_are_alike_are_written_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    written = counted(monkeypatch, staged, "straight")
+    plan = model.plan(scale_at(model), ids(0), layer=range(LAYERS), position=range(2))
+    parts = [part for group in plan.groups for part in group.parts]
+    stages = {n.target for p in parts for n in p.program.graph.nodes if isinstance(n.target, Stage)}
+    blocks = [stage for stage in stages if stage.title.startswith("transformer.h.")]
+    codes = [stage.run.__code__ for stage in blocks]
+    assert len(blocks) > 1 and len(set(codes)) == 1
+    assert [code.co_filename for code in codes] == [f"<{stage.title}>" for stage in blocks]
+    assert len(written) <= 4, "what is before the blocks, a block, what is after them"
+
+
+def test_a_stage_has_no_graph_before_it_is_asked_for() -> None:
+    model = made()
+    plan = model.plan(scale_at(model), ids(0), layer=range(LAYERS), position=range(2))
+    parts = [part for group in plan.groups for part in group.parts]
+    stages = {n.target for p in parts for n in p.program.graph.nodes if isinstance(n.target, Stage)}
+    assert sum("graph" in vars(stage) for stage in stages) <= 2
+    for stage in stages:
+        assert [n.name for n in stage.graph.nodes if n.op == "output"] == ["output"]
+        assert stage.graph is stage.graph
