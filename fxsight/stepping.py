@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxsight.address import Address
+from fxsight.around import Around
 from fxsight.edit import Edit
 from fxsight.editing import EditTrace
 from fxsight.inputs import PLAIN
@@ -10,7 +11,6 @@ from fxsight.known import Step as Way
 from fxsight.place import Place
 from fxsight.record import Recorder
 from fxsight.rehearsal import Known
-from fxsight.step import Around
 from fxsight.walk import Walk
 
 _ONCE = (
