@@ -10,6 +10,26 @@ import torch
 from fxsight import _torch
 
 
+def no_arguments(results: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """Operators may return their argument itself (``dropout`` in eval): such a result is a copy."""
+    taken = set(map(id, arguments))
+    own = list(results)
+    for place, result in enumerate(own):
+        if id(result) in taken and isinstance(result, torch.Tensor):
+            own[place] = _copy(result)
+        taken.add(id(result))
+    return own
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy laid out as the tensor is, expanded dimensions included: kernels choose by strides."""
+    sizes = tensor.shape
+    if not any(step == 0 and size > 1 for size, step in zip(sizes, tensor.stride(), strict=True)):
+        return tensor.clone()
+    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+    return tensor[once].clone().expand(sizes)
+
+
 def own_memory(results: Sequence[Any]) -> list[Any]:
     """Copies: those that share memory with each other still do, and with nothing else.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,19 +17,16 @@ from fxsight.auto import Auto, Tier
 from fxsight.custom import custom_nodes, lost_results, refuse_backward
 from fxsight.errors import InputError, TraceError
 from fxsight.fewer import Fewer
+from fxsight.fits import Fits, Holds
 from fxsight.functional import Functional
 from fxsight.leave import Leaving
 from fxsight.lower import Lowering, keeping
 from fxsight.narrowed import Narrowed
 from fxsight.node import Fixed
+from fxsight.own_memory import no_arguments
 from fxsight.program import Program
-from fxsight.sizes import AGAIN, bind_sizes, given_text
 from fxsight.text import Text
 from fxsight.tolerance import Difference
-from fxsight.tree import Tree, flatten
-from fxsight.watch import kinds
-
-REMEMBERED = 4096
 
 
 class Executable:
@@ -62,11 +59,9 @@ class Executable:
         self.program, self.module, self._narrowed, self._fewer = program, module, narrowed, fewer
         self.constants = list(constants)
         self.decided = False
-        self._holds: Callable[[Mapping[str, int], Sequence[Any]], None] | None = None
         self._numbers: tuple[int | float, ...] = ()
-        self._fitting: set[Any] = set()  # kinds of inputs that have been checked
         self._lock = nullcontext() if lock is None else lock
-        self.fixed = dict(fixed)
+        self._fits = Fits(program, fixed)
         bindings = list(enumerate(program.bindings.values()))
         self._places: list[Any] = [program.literals.get(str(b.key)) for _, b in bindings]
         self._weights = Weights(module, [str(b.key) for _, b in bindings if b.kind == "weight"])
@@ -89,15 +84,16 @@ class Executable:
     def with_numbers(self, numbers: Sequence[int | float]) -> Executable:
         """The same program with numbers for the last of its constants."""
         own = copy.copy(self)
-        own._numbers, own._fitting = tuple(numbers), set()
+        own._numbers = tuple(numbers)
+        own._fits = self._fits.with_numbers(own._numbers)
         return own
 
-    def checking(self, holds: Callable[[Mapping[str, int], Sequence[Any]], None]) -> Executable:
+    def checking(self, holds: Holds) -> Executable:
         """This program; ``holds`` is asked for sizes that are new, and the numbers that vary.
 
         It raises InputError where the body does not hold for them.
         """
-        self._holds = holds
+        self._fits.holds = holds
         return self
 
     def check(self, sizes: Mapping[str, int]) -> None:
@@ -105,8 +101,12 @@ class Executable:
 
         Raises: InputError.
         """
-        if self._holds is not None:
-            self._holds(sizes, self._numbers)
+        self._fits.check(sizes)
+
+    @property
+    def fixed(self) -> Mapping[str, int]:
+        """Sizes that the program holds for alone."""
+        return self._fits.fixed
 
     @property
     def tier(self) -> Tier:
@@ -143,7 +143,7 @@ class Executable:
         Raises: InputError for inputs that the program does not hold for.
         """
         self._check_undecided()
-        return self.build(self.run(self._checked((args, kwargs)), self.constants, (args, kwargs)))
+        return self.build(self.run(self._fits.leaves((args, kwargs)), self.constants, (args, kwargs)))
 
     def functional(self) -> Functional:
         """The same as a pure function ``f(inputs, constants, parameters)``, for ``torch.func``; op by op.
@@ -158,53 +158,17 @@ class Executable:
                 "differentiate the function, torch.func.grad(...)"
             )
         weights = dict(zip(self._weights.names, self._weights(), strict=True))
-        return Functional(self._plain, self._checked, self.build, self.constants, self._numbers, weights)
+        return Functional(self._plain, self._fits.leaves, self.build, self.constants, self._numbers, weights)
 
     def _check_undecided(self) -> None:
         if self.decided:
             raise InputError("the body has looked at numbers, so its program holds for that one run; trace again")
-
-    def _checked(self, call: Any) -> list[Any]:
-        """The leaves of a call that the program holds for."""
-        leaves, tree = flatten(call)
-        if tree != self.program.inputs:
-            raise InputError(
-                f"the program takes {self._takes()}, and is given {_call_text(tree, map(given_text, leaves))}; "
-                "call it as the model was called in its trace"
-            )
-        same = kinds(leaves)
-        if same is None or same not in self._fitting:
-            sizes = bind_sizes(self.program, leaves)
-            self._check_fixed(leaves, sizes)
-            self.check(sizes)
-            if len(self._fitting) >= REMEMBERED:
-                self._fitting.clear()
-            self._fitting.add(same)
-        return leaves
 
     def build(self, results: Sequence[Any]) -> tuple[Any, ...]:
         """The saves, in order, of which these are the tensors."""
         free = iter(results)
         leaves = [x.value if isinstance(x, Fixed) else next(free) for x in self.program.output_leaves]
         return tuple(self.program.outputs.build(leaves))
-
-    def _takes(self) -> str:
-        given = (repr(x.value) if isinstance(x, Fixed) else str(x) for x in self.program.input_leaves)
-        return _call_text(self.program.inputs, given)
-
-    def _check_fixed(self, leaves: Sequence[Any], sizes: Mapping[str, int]) -> None:
-        for leaf, given in zip(self.program.input_leaves, leaves, strict=True):
-            if isinstance(leaf, Fixed) and leaf.value != given:
-                raise InputError(
-                    f"an input that is not a tensor is part of the program: it was {leaf.value!r}, not {given!r}; "
-                    f"{AGAIN}"
-                )
-        for name, value in self.fixed.items():
-            if sizes.get(name, value) != value:
-                raise InputError(
-                    "the body looked at sizes, or uses a tensor of that size, so its program holds for "
-                    f"{name} = {value}, not {sizes[name]}; trace again"
-                )
 
     def run(
         self,
@@ -238,11 +202,11 @@ class Executable:
             for number, function in self._lost:
                 refuse_backward(results[number], function)
         if not self._left:
-            return _own(results, arguments)
+            return no_arguments(results, arguments)
         results, left = results[: -self._left], results[-self._left :]
         if call is not None:
             self._leave(call, leaves, left)
-        return _own(results, [*arguments, *left])
+        return no_arguments(results, [*arguments, *left])
 
     def _instead(self, leaves: Sequence[Any], arguments: Sequence[Any]) -> Any:
         """What computes fewer rows on these inputs, to the same bits."""
@@ -295,34 +259,6 @@ class Executable:
 
 def _learns(argument: Any) -> bool:
     return isinstance(argument, torch.Tensor) and argument.requires_grad
-
-
-def _call_text(inputs: Tree, leaves: Iterable[str]) -> str:
-    """A call in words: ``(f32[batch, 4], mask=None)``."""
-    given, (args, kwargs) = iter(leaves), inputs.children
-    parts = [child.text([next(given) for _ in range(child.size)]) for child in (*args.children, *kwargs.children)]
-    names = [*([""] * len(args.children)), *(f"{key}=" for key in kwargs.keys)]
-    return f"({', '.join(name + part for name, part in zip(names, parts, strict=True))})"
-
-
-def _own(results: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """Operators may return their argument itself (``dropout`` in eval): such a result is a copy."""
-    taken = set(map(id, arguments))
-    own = list(results)
-    for place, result in enumerate(own):
-        if id(result) in taken and isinstance(result, torch.Tensor):
-            own[place] = _copy(result)
-        taken.add(id(result))
-    return own
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy laid out as the tensor is, expanded dimensions included: kernels choose by strides."""
-    sizes = tensor.shape
-    if not any(step == 0 and size > 1 for size, step in zip(sizes, tensor.stride(), strict=True)):
-        return tensor.clone()
-    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
-    return tensor[once].clone().expand(sizes)
 
 
 class Weights:
