@@ -7,9 +7,9 @@ autograd's own. What is written down is what reaches ATen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,60 +25,14 @@ from fxsight.custom import custom_nodes, refuse_backward
 from fxsight.decompose import with_values
 from fxsight.effects import mutated_storages, storages
 from fxsight.errors import CausalityError, TraceError
-from fxsight.example_sizes import size_number
-from fxsight.gradient import arrived, backward, custom_function, gradient
+from fxsight.gradient import backward, custom_function
+from fxsight.joint_passes import NUMBERED, Pass, levels_of, no_path, passes_of
 from fxsight.marks import Marks
 from fxsight.node import binding_of, origin_of
-from fxsight.spec import TensorSpec, symbol
+from fxsight.shapes import Shapes
 from fxsight.targets import check_call
 
 _alias = torch.ops.aten.alias.default
-
-
-@dataclass(eq=False)
-class Pass:
-    """One backward pass of a woven program.
-
-    arrivals: by value, the nodes of its gradients: those of later places first, where the gradient comes first.
-    is_wanted: whether gradients have been asked for; where all of them are unused, nothing is computed.
-    edits: by such a node, the gradient that goes on.  functions: by a ``custom_function``, the nodes of the gradients
-    that arrive at its results, and of those that go on from its inputs.
-    """
-
-    number: int
-    node: fx.Node
-    losses: tuple[fx.Node, ...]
-    seeds: tuple[fx.Node | None, ...]
-    leaves: tuple[fx.Node, ...]
-    retain: bool
-    create: bool
-    zeros: bool
-    is_wanted: bool
-    edits: dict[fx.Node, fx.Node]
-    functions: dict[fx.Node, tuple[tuple[fx.Node, ...], tuple[fx.Node | None, ...]]]
-    arrivals: dict[fx.Node, list[fx.Node]] = field(default_factory=dict[fx.Node, list[fx.Node]])
-
-
-def passes_of(nodes: Sequence[fx.Node], tensor: Callable[[fx.Node], fx.Node]) -> list[Pass]:
-    """The passes of a woven program, in order.  tensor: the node that first is the tensor that a node is."""
-    found: list[Pass] = []
-    for node in nodes:
-        if node.target is backward:
-            given: tuple[Any, ...] = node.args
-            number, losses, seeds, edits, leaves, (retain, create, unused, *wanted), learned, _, functions = given
-            custom = {function: (arrivals, goes_on) for function, arrivals, goes_on in functions}
-            firsts = tuple(dict.fromkeys(map(tensor, learned if leaves is None else leaves)))
-            zeros = unused == "zeros"
-            is_wanted = bool(wanted) or leaves is not None
-            found.append(
-                Pass(number, node, losses, seeds, firsts, retain, create, zeros, is_wanted, dict(edits), custom)
-            )
-    found.sort(key=lambda one: one.number)
-    order = {node: number for number, node in enumerate(nodes)}
-    places: list[Any] = [n for n in nodes if n.target is gradient]
-    for place in sorted(places, key=lambda n: -order[n.args[0]]):
-        found[place.args[1]].arrivals.setdefault(tensor(place.args[0]), []).append(place)
-    return found
 
 
 @dataclass(frozen=True)
@@ -98,57 +52,6 @@ class Joint:
     names: Mapping[Any, sympy.Symbol]
     conditions: tuple[Any, ...]
     constants: Mapping[str, torch.Tensor]
-
-
-class Shapes:
-    """Values without numbers for a program's placeholders; sizes are symbols, but those that are 0, 1 or fixed."""
-
-    def __init__(self, sizes: Mapping[str, int], fixed: Sequence[str]) -> None:
-        self.mode = _torch.symbolic_mode()
-        free = {name: n for name, n in sizes.items() if n > 1 and name not in fixed}
-        made = _torch.symbolic_sizes(self.mode, free)
-        self._inner: dict[Any, Any] = {symbol(name): _torch.size_expr(size) for name, size in made.items()}
-        self.names: dict[Any, sympy.Symbol] = {inner: name for name, inner in self._inner.items()}
-        self._static = {name: n for name, n in sizes.items() if name not in free}
-        self._fixed, self._free = fixed, free
-        self._numbers = {symbol(name): n for name, n in sizes.items()}
-
-    def value(self, spec: Any) -> Any:
-        """A tensor or number of some spec."""
-        if not isinstance(spec, TensorSpec):
-            return self._size(spec.expr)
-        shape = [self._size(d) for d in spec.shape]
-        stride = [self._size(d) for d in spec.stride] if all(map(self._is_known, spec.stride)) else _apart(shape)
-        with self.mode:
-            return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
-
-    def _is_known(self, step: Any) -> bool:
-        """Whether sizes tell a step in memory; those of a slice of something larger do not."""
-        return isinstance(step, int) or step.free_symbols <= set(self._numbers)
-
-    def conditions(self) -> tuple[Any, ...]:
-        """What has been assumed of the sizes."""
-        env: Any = self.mode.shape_env
-        assumed = [guard.expr.xreplace(self.names) for guard in env.guards]
-        static = [sympy.Eq(symbol(s), n) for s, n in self._static.items() if s not in self._fixed]
-        found = [*(sympy.Ge(symbol(s), 2) for s in self._free), *static, *assumed]
-        return tuple(e for e in dict.fromkeys(found) if e not in (sympy.true, True))
-
-    def _size(self, dim: Any) -> Any:
-        if isinstance(dim, int):
-            return dim
-        expr = dim.xreplace({symbol(s): sympy.Integer(n) for s, n in self._static.items()}).xreplace(self._inner)
-        if not expr.free_symbols:
-            return int(expr)
-        return _torch.symbolic_number(self.mode, expr, size_number(dim, self._numbers))
-
-
-def _apart(shape: Sequence[Any]) -> list[Any]:
-    """Steps in memory with something between the rows, as in a slice of something larger."""
-    steps: list[Any] = [1] if shape else []
-    for size in reversed(shape[1:]):
-        steps.append(steps[-1] * size + 1)
-    return steps[::-1]
 
 
 def trace_joint(
@@ -201,7 +104,7 @@ class _Run:
         given = sorted(zip(self.places, values, strict=True), key=lambda pair: pair[0] in self.shared)
         for place, value in given:
             self.env[place] = self._given(place, value)
-        levels = self._levels()
+        levels = levels_of(self.nodes, self.changed)
         found: list[Any] = []
         for level in range(len(self.passes) + 1):
             for node in self.nodes:
@@ -219,25 +122,6 @@ class _Run:
         found: fx.Node = self.shared.get(node, node)
         return found
 
-    def _levels(self) -> dict[fx.Node, int]:
-        """After how many passes each operator can run."""
-        levels: dict[fx.Node, int] = {}
-
-        def after(node: Any) -> int:
-            number = _PASSES.get(node.target)
-            return levels.get(node, 0) if number is None else int(node.args[number]) + 1
-
-        for node in self.nodes:
-            if node.op == "call_function" and node.target not in (*_PASSES, backward):
-                levels[node] = max(map(after, node.all_input_nodes), default=0)
-        late = [n for n, level in levels.items() if level and storages(n) & self.changed]
-        if late:
-            raise TraceError(
-                f"{late[0].name} uses a gradient and memory that the model changes in place; this is not "
-                "supported: use two traces"
-            )
-        return levels
-
     def _given(self, place: fx.Node, value: Any) -> Any:
         first = self.shared.get(place, place)
         if first is not place:
@@ -253,7 +137,7 @@ class _Run:
         """The value of a node; computed once."""
         if node in self.env:
             return self.env[node]
-        if node.target in _PASSES:
+        if node.target in NUMBERED:
             raise CausalityError(
                 f"{origin_of(node).user}: this gradient arrives later than one that is edited with it: the backward "
                 "pass goes from the loss to the input"
@@ -348,7 +232,7 @@ class _Run:
         line = origin_of(one.node).user
         if not any(loss.requires_grad for loss in losses):
             for places in one.arrivals.values():
-                raise _no_path(places[0])
+                raise no_path(places[0])
             raise RuntimeError(
                 f"{line}: element 0 of tensors does not require grad and does not have a grad_fn: nothing that the "
                 "loss depends on requires a gradient, and none is asked for"
@@ -362,7 +246,7 @@ class _Run:
             for place in places:
                 if place not in self.env:
                     if not one.zeros:
-                        raise _no_path(place)
+                        raise no_path(place)
                     self.env[place] = torch.zeros_like(self.env[node])
 
     def joint(self, traced: fx.GraphModule, shapes: Shapes) -> Joint:
@@ -395,13 +279,3 @@ class _Custom(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         """What the body has written down."""
         return (None, None, None, *(None,) * ctx.count, *ctx.run.go_on(ctx.node, gradients))
-
-
-_PASSES = {gradient: 1, arrived: 2}  # which of their arguments is the number of their pass
-
-
-def _no_path(place: fx.Node) -> TraceError:
-    return TraceError(
-        f"{origin_of(place).user}: this gradient does not exist: the loss does not depend on the value "
-        f"({place.meta['spec']})"
-    )
