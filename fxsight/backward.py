@@ -1,63 +1,26 @@
 """A body's backward passes, written down: ``loss.backward()``, ``h.grad``, ``torch.autograd.grad``.
 
-Nothing is computed. A gradient is a value of the body's graph, ``gradient(h, 0)``, whichever comes first, the question
-or the pass. It is read, edited in place and replaced as any value is; what is there when the block ends goes on from
-``h`` to what comes before it.
+Nothing is computed. A gradient is a value of the body's graph (``arrivals``); what is there when the block ends goes on
+from ``h`` to what comes before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
 
-from fxsight.cell import Cell, Recording
+from fxsight.arrivals import NEXT, Arrivals, Writer, tensor_spec
+from fxsight.cell import Recording
 from fxsight.context import here
-from fxsight.custom_calls import Body, CustomCalls
-from fxsight.errors import TraceError, WriteError
-from fxsight.gradient import Backward, gradient
-from fxsight.node import Origin
-from fxsight.spec import TensorSpec
+from fxsight.custom_calls import CustomCalls
+from fxsight.errors import TraceError
+from fxsight.gradient import Backward
 from fxsight.value import Value
-
-NEXT = -1  # the pass that is not there yet
-
-
-class Writer(Body, Protocol):
-    """What is needed of the body that is written."""
-
-    def current(self, cell: Cell) -> fx.Node:
-        """The node of a cell's present value."""
-        ...
-
-    def remember(self, cell: Cell) -> None:
-        """In a branch not taken: keep what the cell was."""
-        ...
-
-
-@dataclass(eq=False)
-class Arrival:
-    """The gradient of one value in one pass.
-
-    arrives: its node as it arrives.  node: as the body has it now.  version: how often it was edited.
-    """
-
-    value: fx.Node
-    number: int
-    arrives: fx.Node
-    node: fx.Node
-    what: str
-    line: str
-    version: int = 0
-
-    def edited(self, node: fx.Node, line: str) -> None:
-        """Another gradient goes on from here."""
-        self.node, self.line = node, line
-        self.version += 1
 
 
 class Pass:
@@ -83,16 +46,12 @@ class Pass:
         return found
 
 
-class Gradients:
+class Gradients(Arrivals):
     """All backward passes of one body."""
 
     def __init__(self, owner: Recording, body: Writer) -> None:
-        self._owner, self._body = owner, body
-        self._arrivals: dict[tuple[fx.Node, int], Arrival] = {}
+        super().__init__(owner, body)
         self._passes: list[Backward] = []
-        self._full: list[int] = []  # the passes of ``backward()``: what ``.grad`` can mean
-        self._marked: dict[fx.Node, None] = {}
-        self.inside: list[int] = []
         self.enabled = True  # whether the block began with gradients enabled
         self.on_loss: Callable[[fx.Node], None] = lambda node: None
         self.unseen = ""  # the line of an edit in place that autograd does not see
@@ -117,41 +76,6 @@ class Gradients:
         raise TraceError(
             f"{name} of a traced value is not recorded; write h.grad = f(h.grad), before or after backward()"
         )
-
-    def of(self, value: Value) -> Value:
-        """The gradient of a value: of the pass whose block is open, else of the last; before any, of the next.
-
-        Raises: RuntimeError for integers; TraceError for a value of another block.
-        """
-        cell = value.cell
-        if cell.is_rows and cell.base is not None and cell.step is not None:  # the model has the whole batch
-            whole = self.of(self._owner.value(cell.base))
-            rows: Value = self._owner.call(torch.Tensor.narrow, (whole, *cell.step[1][1:]), {})
-            rows.cell.is_rows = True
-            return rows
-        arrival = self._arrival(value, self._present)
-        return self._value(arrival, cell.spec)
-
-    def write(self, value: Value, new: Any) -> None:
-        """Another gradient goes on from a value.
-
-        Raises: WriteError where shape, dtype or device differ; TraceError for None.
-        """
-        cell = value.cell
-        if cell.is_rows and cell.base is not None and cell.step is not None:
-            _, dim, start, count = cell.step[1]
-            self._check(value, new)
-            whole = self._owner.value(cell.base)
-            return self.write(
-                whole, self._owner.call(torch.slice_scatter, (self.of(whole), new, dim, start, start + count), {})
-            )
-        self._check(value, new)
-        arrival, node = self._arrival(value, self._present), self._body.node_of(new)
-        if node is not arrival.node:
-            arrival.edited(node, self._owner.line())
-            if isinstance(new, Value) and self._body.is_own(new) and new.cell.base is None:
-                self._body.remember(new.cell)
-                new.cell.handles.append((arrival, arrival.version))
 
     def backward(
         self,
@@ -223,36 +147,6 @@ class Gradients:
         found = [self._of_input(x, number) for x in _several(inputs)]
         return tuple(found)
 
-    def _of_input(self, value: Any, number: int) -> Value:
-        if isinstance(value, Value) and value.cell.is_rows:
-            self.inside.append(number)
-            try:
-                return self.of(value)
-            finally:
-                self.inside.pop()
-        return self._value(self._arrival(value, number), _spec(value))
-
-    def _require(self, value: Value, requires: bool = True) -> Value:
-        """``requires_grad_()`` and the like: what is asked for is there without, but kernels depend on it."""
-        if requires:
-            self._check_float(value)
-            self._marked[self._whole(value)] = None
-        return value
-
-    def requires(self, value: Value) -> bool:
-        """Whether the body has said so."""
-        return self._whole(value) in self._marked
-
-    # -- in between --------------------------------------------------------------------------------------------------
-
-    @property
-    def _present(self) -> int:
-        return self.inside[-1] if self.inside else max(self._full, default=NEXT)
-
-    def _whole(self, value: Value) -> fx.Node:
-        cell = value.cell
-        return self._body.current(cell.base if cell.is_rows and cell.base is not None else cell)
-
     def _begin(self, asked: Backward) -> int:
         if not self.enabled:
             raise RuntimeError(
@@ -271,55 +165,20 @@ class Gradients:
         return node.name
 
     def _seed(self, loss: Any, seed: Any) -> str | None:
-        spec = _spec(loss)
+        spec = tensor_spec(loss)
         if seed is None:
             if any(d != 1 for d in spec.shape):
                 raise RuntimeError("grad can be implicitly created only for scalar outputs")
             return None
-        if _spec(seed).shape != spec.shape:
+        given = tensor_spec(seed).shape
+        if given != spec.shape:
             raise RuntimeError(
-                f"Mismatch in shape: grad_output[0] has a shape of {list(_spec(seed).shape)} and output[0] has a shape "
-                f"of {list(spec.shape)}."
+                f"Mismatch in shape: grad_output[0] has a shape of {list(given)} and output[0] has a shape of "
+                f"{list(spec.shape)}."
             )
         return self._body.node_of(seed).name
 
-    def _arrival(self, value: Any, number: int) -> Arrival:
-        self._check_float(value)
-        if isinstance(value, Value) and not self._body.is_own(value):
-            raise TraceError(f"{value.cell.what} is a value of another block: its gradient is asked for there")
-        node = self._body.node_of(value)
-        found = self._arrivals.get((node, number))
-        if found is None:
-            line = self._owner.line()
-            arrives = self._body.graph.create_node("call_function", gradient, (node, number), {}, "user_grad")
-            arrives.meta.update(spec=_spec(value), origin=Origin(user=line, made_by="body"))
-            self._body.seen |= {node, arrives}
-            what = str(value.cell.what) if isinstance(value, Value) else "a tensor of yours"
-            found = self._arrivals[node, number] = Arrival(node, number, arrives, arrives, what, line)
-        return found
-
-    def _value(self, arrival: Arrival, spec: TensorSpec) -> Value:
-        what = f"the gradient of {arrival.what}"
-        return self._owner.value(
-            Cell(self._owner, spec, arrival.node, what, self._owner.line(), handles=[(arrival, arrival.version)])
-        )
-
-    def _check(self, value: Value, new: Any) -> None:
-        if not isinstance(new, torch.Tensor):
-            raise WriteError(
-                f"the gradient of {value.cell.what} is {value.cell.spec}, and what is written is a "
-                f"{type(new).__name__}; write h.grad[:] = ... for a number"
-            )
-        spec, given = value.cell.spec, _spec(new)
-        if (spec.shape, spec.dtype, spec.device) != (given.shape, given.dtype, given.device):
-            raise WriteError(f"the gradient of {value.cell.what} is {spec}, and what is written is {given}")
-
-    def _check_float(self, value: Any) -> None:
-        dtype = _spec(value).dtype
-        if not (dtype.is_floating_point or dtype.is_complex):
-            raise RuntimeError("only Tensors of floating point dtype can require gradients")
-
-    # -- the end -----------------------------------------------------------------------------------------------------
+    # -- the end ----------------------------------------------------------------------------------------------------
 
     @property
     def is_off(self) -> bool:
@@ -382,14 +241,6 @@ def _several(value: Any) -> tuple[Any, ...]:
     if isinstance(value, dict):
         return tuple(value.values())
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def _spec(value: Any) -> TensorSpec:
-    if isinstance(value, Value):
-        return value.cell.spec
-    if not isinstance(value, torch.Tensor):
-        raise TraceError(f"a gradient of a {type(value).__name__}: give a value or a tensor")
-    return TensorSpec(value.dtype, tuple(value.shape), tuple(value.stride()), str(value.device))
 
 
 def about_gradients(func: Any, name: str) -> str:

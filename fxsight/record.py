@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fxsight.arguments import QUIET, Update
-from fxsight.backward import Arrival
+from fxsight.arrivals import Arrival
 from fxsight.body import Body, Demand
 from fxsight.cell import Cell
 from fxsight.containers import thaw
