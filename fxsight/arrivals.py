@@ -17,7 +17,7 @@ from fxsight.errors import TraceError, WriteError
 from fxsight.gradient import gradient
 from fxsight.node import Origin
 from fxsight.spec import TensorSpec
-from fxsight.value import Value
+from fxsight.value import Value, given_spec
 
 NEXT = -1  # the pass that is not there yet
 
@@ -107,7 +107,7 @@ class Arrivals:
                 return self.of(value)
             finally:
                 self.inside.pop()
-        return self._value(self._arrival(value, number), tensor_spec(value))
+        return self._value(self._arrival(value, number), gradient_spec(value))
 
     def _require(self, value: Value, requires: bool = True) -> Value:
         """``requires_grad_()`` and the like: what is asked for is there without, but kernels depend on it."""
@@ -137,7 +137,7 @@ class Arrivals:
         if found is None:
             line = self._owner.line()
             arrives = self._body.graph.create_node("call_function", gradient, (node, number), {}, "user_grad")
-            arrives.meta.update(spec=tensor_spec(value), origin=Origin(user=line, made_by="body"))
+            arrives.meta.update(spec=gradient_spec(value), origin=Origin(user=line, made_by="body"))
             self._body.seen |= {node, arrives}
             what = str(value.cell.what) if isinstance(value, Value) else "a tensor of yours"
             found = self._arrivals[node, number] = Arrival(node, number, arrives, arrives, what, line)
@@ -155,23 +155,21 @@ class Arrivals:
                 f"the gradient of {value.cell.what} is {value.cell.spec}, and what is written is a "
                 f"{type(new).__name__}; write h.grad[:] = ... for a number"
             )
-        spec, given = value.cell.spec, tensor_spec(new)
+        spec, given = value.cell.spec, gradient_spec(new)
         if (spec.shape, spec.dtype, spec.device) != (given.shape, given.dtype, given.device):
             raise WriteError(f"the gradient of {value.cell.what} is {spec}, and what is written is {given}")
 
     def _check_float(self, value: Any) -> None:
-        dtype = tensor_spec(value).dtype
+        dtype = gradient_spec(value).dtype
         if not (dtype.is_floating_point or dtype.is_complex):
             raise RuntimeError("only Tensors of floating point dtype can require gradients")
 
 
-def tensor_spec(value: Any) -> TensorSpec:
-    """The spec of a value or tensor.
+def gradient_spec(value: Any) -> TensorSpec:
+    """What the gradient of a value or tensor is.
 
     Raises: TraceError for what is none.
     """
-    if isinstance(value, Value):
-        return value.cell.spec
     if not isinstance(value, torch.Tensor):
         raise TraceError(f"a gradient of a {type(value).__name__}: give a value or a tensor")
-    return TensorSpec(value.dtype, tuple(value.shape), tuple(value.stride()), str(value.device))
+    return given_spec(value)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsight.arrivals import NEXT, Arrivals, Writer, tensor_spec
+from fxsight.arrivals import NEXT, Arrivals, Writer, gradient_spec
 from fxsight.cell import Recording
 from fxsight.context import here
 from fxsight.custom_calls import CustomCalls
@@ -165,12 +165,12 @@ class Gradients(Arrivals):
         return node.name
 
     def _seed(self, loss: Any, seed: Any) -> str | None:
-        spec = tensor_spec(loss)
+        spec = gradient_spec(loss)
         if seed is None:
             if any(d != 1 for d in spec.shape):
                 raise RuntimeError("grad can be implicitly created only for scalar outputs")
             return None
-        given = tensor_spec(seed).shape
+        given = gradient_spec(seed).shape
         if given != spec.shape:
             raise RuntimeError(
                 f"Mismatch in shape: grad_output[0] has a shape of {list(given)} and output[0] has a shape of "

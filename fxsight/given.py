@@ -16,7 +16,7 @@ from fxsight.cell import Recording
 from fxsight.lent import check_unchanged, sealed
 from fxsight.node import Origin
 from fxsight.spec import TensorSpec
-from fxsight.value import Value
+from fxsight.value import Value, given_spec
 
 
 class Given:
@@ -53,7 +53,7 @@ class Given:
             weight = self._names.get(id(tensor))
             label = f"weight_{len(self.weight_names)}" if weight is not None else f"constant_{len(self.constants)}"
             node = self.graph.placeholder(label)
-            spec = replace(self._spec_of(tensor), storage=node.name)
+            spec = replace(given_spec(tensor), storage=node.name)
             node.meta.update(spec=spec, origin=Origin(user=self._owner.line(), made_by="body"))
             if weight is not None:
                 self.weight_names[node.name] = weight
@@ -67,11 +67,7 @@ class Given:
 
     def _spec_of(self, leaf: Any) -> Any:
         """The spec of a tensor or value; any other leaf itself."""
-        if isinstance(leaf, Value):
-            return leaf.cell.spec
-        if isinstance(leaf, torch.Tensor):
-            return TensorSpec(leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), str(leaf.device))
-        return leaf
+        return given_spec(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
     @property
     def changes_given(self) -> bool:

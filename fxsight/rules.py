@@ -127,6 +127,4 @@ def _view_of(leaf: Any, fakes: list[Any]) -> int | None:
 
 
 def _described(leaf: Any) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    return TensorSpec(leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), str(leaf.device))
+    return TensorSpec.of(leaf) if isinstance(leaf, torch.Tensor) else leaf

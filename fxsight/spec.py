@@ -52,6 +52,11 @@ class TensorSpec:
     device: str = "cpu"
     storage: str = ""
 
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorSpec:
+        """What a tensor is, in numbers."""
+        return TensorSpec(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), str(tensor.device))
+
     def __str__(self) -> str:
         code = CODES.get(self.dtype) or str(self.dtype).removeprefix("torch.")
         return f"{code}[{', '.join(map(str, self.shape))}]"

@@ -149,6 +149,11 @@ def shaped(spec: TensorSpec) -> tuple[Sequence[int], Sequence[int], torch.dtype,
     return spec.numbers, spec.steps, spec.dtype, torch.device(spec.device)
 
 
+def given_spec(leaf: torch.Tensor) -> TensorSpec:
+    """What a value or tensor is; to look at a value's ``shape`` would fix the program's sizes."""
+    return leaf.cell.spec if isinstance(leaf, Value) else TensorSpec.of(leaf)
+
+
 def keep(value: Any) -> None:
     """Mark the values of a structure as saved, each with its own block.
 

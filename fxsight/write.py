@@ -15,7 +15,7 @@ from fxsight.place import Location, Place
 from fxsight.record import Recorder
 from fxsight.spec import TensorSpec, number, parse_dims
 from fxsight.tree import Tree, flatten
-from fxsight.value import Members, Value
+from fxsight.value import Members, given_spec
 
 Writer = Callable[[Location, Any], None]
 
@@ -128,7 +128,7 @@ def fit(recorder: Recorder, location: Location, leaf: Any) -> Any:
         return torch.full_like(recorder.read(location), leaf)
     if not isinstance(leaf, torch.Tensor):
         raise WriteError(f"{location.address} is {spec}, and what is written is {_describe(leaf)}")
-    given = spec_of(leaf)
+    given = given_spec(leaf)
     if given.dtype != spec.dtype or given.device != spec.device:
         raise WriteError(
             f"{location.address} is {spec} on {spec.device}, and what is written is {_describe(leaf)}; "
@@ -151,7 +151,7 @@ def _moved(given: TensorSpec, spec: TensorSpec) -> str:
 
 
 def _expanded(recorder: Recorder, location: Location, leaf: torch.Tensor, spec: TensorSpec) -> Any:
-    shape = spec_of(leaf).shape
+    shape = given_spec(leaf).shape
     fits = len(shape) <= len(spec.shape) and all(
         a in (1, b) for a, b in zip(reversed(shape), reversed(spec.shape), strict=False)
     )
@@ -166,16 +166,9 @@ def _expanded(recorder: Recorder, location: Location, leaf: torch.Tensor, spec: 
     )
 
 
-def spec_of(leaf: torch.Tensor) -> TensorSpec:
-    """What a value or tensor is; to look at a value's ``shape`` would fix the program's sizes."""
-    if isinstance(leaf, Value):
-        return leaf.cell.spec
-    return TensorSpec(leaf.dtype, tuple(leaf.shape), tuple(leaf.stride()), str(leaf.device))
-
-
 def _describe(leaf: Any) -> str:
     if isinstance(leaf, torch.Tensor):
-        return f"{spec_of(leaf)} on {spec_of(leaf).device}"
+        return f"{given_spec(leaf)} on {given_spec(leaf).device}"
     return f"a {type(leaf).__name__}"
 
 
