@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from fxsight.address import Address
+from fxsight.conditions import Selector
 from fxsight.errors import AddressError, NotExecuted, TraceError, UnknownAddress, nearest
 from fxsight.facts import Facts
 from fxsight.look import NOTHING_CAPTURED, Look, in_words
 from fxsight.query import Query, WantedDim
-from fxsight.selectors import Selector
 from fxsight.show import body_text, empty_text, operation_text, table_text
 from fxsight.spec import Dim
 from fxsight.text import Text

@@ -15,12 +15,13 @@ from torch import nn
 from fxsight import _torch
 from fxsight.address import Address
 from fxsight.book import Call
+from fxsight.conditions import Candidate, Selector, selector_of
 from fxsight.facts import tensor_spec_of
 from fxsight.look import Look
 from fxsight.node import origin_of
 from fxsight.place import operator_name
 from fxsight.program import Program
-from fxsight.selectors import Candidate, Selector, chosen, selector_of
+from fxsight.selectors import chosen
 from fxsight.spec import Dim, parse_dims, parse_tensor
 from fxsight.targets import target_name
 

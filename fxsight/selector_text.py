@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,3 +168,29 @@ class _Parser:
         begin = max(at - 60, 0)
         line = self.text[begin : at + 40].replace("\n", " ").replace("\t", " ")
         return SelectionError(f"cannot read a selector at character {at}: {what}\n  {line}\n  {' ' * (at - begin)}^")
+
+
+def parse_ranges(text: str) -> frozenset[int]:
+    """``0,4-7``: with both ends.
+
+    Raises: SelectionError.
+    """
+    numbers: set[int] = set()
+    for part in text.split(","):
+        found = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise SelectionError(f"layer:{quoted(text)}: give numbers and ranges of blocks, such as 3, 4-7 or 0,4-7")
+        numbers |= set(range(first, last + 1))
+    return frozenset(numbers)
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """``0,4-7``."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

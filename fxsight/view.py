@@ -14,11 +14,12 @@ import torch
 
 from fxsight.address import Address
 from fxsight.attributes import Attributes, again
+from fxsight.conditions import Candidate, Selector, selector_of
 from fxsight.context import open_trace
 from fxsight.editing import Editing, EditTrace
 from fxsight.errors import NotExecuted, TraceError, WriteError
 from fxsight.ops import Operations
-from fxsight.selectors import Candidate, Selector, chosen, selector_of
+from fxsight.selectors import chosen
 
 if TYPE_CHECKING:
     from fxsight.tracer import Tracer

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxsight import Model
+from fxsight.conditions import Selector
 from fxsight.errors import SelectionError
 from fxsight.glob import fits
-from fxsight.selectors import Selector, calls, layers, of, path
+from fxsight.selectors import calls, layers, of, path
 
 
 @pytest.mark.parametrize(
