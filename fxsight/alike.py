@@ -23,6 +23,7 @@ from fxsight.parts import Alike, Constants, Group, cut, identity, varying_consta
 from fxsight.passes.narrow_columns import NarrowColumns
 from fxsight.pipeline import cell_pass
 from fxsight.program import Program
+from fxsight.sizes import layouts, lie_as_captured
 from fxsight.staged import Stages, Staging
 from fxsight.stride import best_stride
 
@@ -39,7 +40,7 @@ def check_options(mode: Any, budget: Any) -> None:
 
 
 class Written(Protocol):
-    """A body that is written down: what it was recorded on, what it asks for, the user's tensors."""
+    """A body that is written down: what it was recorded on, what it asks for, the user's tensors, the inputs."""
 
     @property
     def captured(self) -> Program: ...
@@ -55,6 +56,9 @@ class Written(Protocol):
 
     @property
     def constants(self) -> Sequence[Any]: ...
+
+    @property
+    def leaves(self) -> Sequence[Any]: ...
 
 
 def kinds_of(cells: Mapping[int, Written]) -> list[list[int]]:
@@ -107,7 +111,8 @@ def _alike(
         found = best_stride(program, captured, varies, sizes)
         if found is not None:
             return Alike(whole, program, tuple(members), constants, sizes, found)
-    program = narrow_exactly(whole, sizes, captures.weight, tried) if captures.shared.narrow else whole
+    narrows = captures.shared.narrow and lie_as_captured(captured, cells[0].leaves, sizes)
+    program = narrow_exactly(whole, sizes, captures.weight, tried) if narrows else whole
     return Alike(whole, program, tuple(members), constants, sizes)
 
 
@@ -153,14 +158,15 @@ def _filled(group: Group, cells: Mapping[int, Written]) -> Group:
 
 
 def _key(cells: Mapping[int, Written]) -> Hashable:
-    """All that a plan depends on: bodies with their numbers, which tensors are one, and sizes."""
+    """All that a plan depends on: bodies with their numbers, which tensors are one, sizes and strides."""
     tensors: dict[Hashable, int] = {}
     bodies = tuple(
         (number, id(cell.captured), cell.outline.text, str(cell.outline.numbers), _tensors(cell, tensors))
         for number, cell in cells.items()
     )
-    sizes = tuple(next(iter(cells.values())).sizes.items()) if cells else ()
-    return bodies, sizes, torch.get_num_threads()
+    first = next(iter(cells.values()), None)
+    inputs = () if first is None else (tuple(first.sizes.items()), layouts(first.leaves))
+    return bodies, inputs, torch.get_num_threads()
 
 
 def _tensors(cell: Written, known: dict[Hashable, int]) -> tuple[int, ...]:

@@ -170,8 +170,13 @@ def is_free(leaf: Any) -> bool:
 
 
 def _pair(leaf: Any) -> Any:
-    """A tensor with one row as one with two."""
-    return leaf.expand(2, *leaf.shape[1:]).clone() if isinstance(leaf, torch.Tensor) and leaf.ndim > 1 else leaf
+    """A tensor with one row as one with two, its dimensions in the same order in memory."""
+    if not isinstance(leaf, torch.Tensor) or leaf.ndim < 2:
+        return leaf
+    steps = leaf.stride()
+    inner = sorted(range(1, leaf.ndim), key=lambda dim: -steps[dim])
+    there = leaf.expand(2, *leaf.shape[1:]).permute(0, *inner).contiguous()
+    return there.permute(0, *(1 + inner.index(dim) for dim in range(1, leaf.ndim)))
 
 
 def _dims(leaf: Any, most: int, is_step: bool) -> Any:

@@ -1,8 +1,8 @@
 """The programs of one module: captured once per signature, kept in memory and on disk, and what was compiled of them.
 
 A signature is everything but sizes that can change what a call does: the method, the structure of the inputs, what is
-not a tensor in them, dtypes and devices, the module's own settings, autocast. Within one signature programs are told
-apart by the sizes they hold for.
+not a tensor in them, dtypes and devices, how those of floating-point numbers lie in memory, the module's own settings,
+autocast. Within one signature programs are told apart by the sizes they hold for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fxsight.narrowed import Narrowed
 from fxsight.passes.joint_gradient import JointGradient
 from fxsight.passes.open_fused import open_above, open_place
 from fxsight.passes.use_known import UseKnown
-from fxsight.past import Count
+from fxsight.past import Count, pasts_in
 from fxsight.pipeline import LESS, demand_pipeline, joint_for, pipeline_for, woven_pass
 from fxsight.place import Places
 from fxsight.program import Program
@@ -144,7 +144,7 @@ class Captures:
 
     def _find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, dict[str, int]]:
         leaves, tree = flatten((args, dict(kwargs)))
-        key = self._key(tree, leaves)
+        key = self._key(tree, leaves, not any(pasts_in((args, kwargs))))
         known = self._programs.setdefault(key, [])
         for program in known:
             try:
@@ -157,15 +157,19 @@ class Captures:
             loaded = self._load(key, leaves)
             found = [loaded] if loaded is not None else self._capture(key, args, kwargs)
         if self._shows_unseen(found):
-            known = self._programs.setdefault(self._key(tree, leaves), [])
+            known = self._programs.setdefault(self._key(tree, leaves, not any(pasts_in((args, kwargs)))), [])
         known += found
         self.latest = known[-1]
         self.latest_sizes = bind_sizes(self.latest, leaves)
         return self.latest, self.latest_sizes
 
-    def _key(self, tree: Tree, leaves: Sequence[Any]) -> Any:
-        """All that can change what the call does, but sizes."""
-        return (tree, tuple(map(_signature, leaves)), settings(self.module, self._unseen), _ambient(self.method))
+    def _key(self, tree: Tree, leaves: Sequence[Any], by_layout: bool) -> Any:
+        """All that can change what the call does, but sizes.
+
+        by_layout: whether how inputs lie in memory counts; tensors of a cache lie in another way at each call.
+        """
+        signatures = tuple((*_signature(leaf), *(_layout(leaf) if by_layout else ())) for leaf in leaves)
+        return (tree, signatures, settings(self.module, self._unseen), _ambient(self.method))
 
     def attach(self, parent: nn.Module, name: str, before: nn.Module | None) -> None:
         """A module has become a child: programs that cannot know of it stay.  before: the child it replaces."""
@@ -213,7 +217,7 @@ class Captures:
         same = kinds(leaves)
         if same is None:
             return Found(*self.find(args, kwargs), self.watched())
-        key = (len(args), tuple(kwargs), same, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+        key = (len(args), tuple(kwargs), same, _ambient(self.method))
         watch = self.watched()
         found = self._found.get(key)
         if found is None:
@@ -390,6 +394,19 @@ def _signature(leaf: Any) -> Any:
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return (type(leaf).__name__, leaf)
     return (type(leaf).__name__, id(leaf))
+
+
+def _layout(leaf: Any) -> tuple[Any, ...]:
+    """How a tensor of floating-point numbers lies in memory, if not row by row: kernels choose by it, and views.
+
+    The order of its dimensions, and which of them are repeated; its gaps do not count.
+    """
+    if not isinstance(leaf, torch.Tensor) or not leaf.dtype.is_floating_point or leaf.layout is not torch.strided:
+        return ()
+    if leaf.is_contiguous():
+        return ()
+    steps = [(-step, dim) for dim, (size, step) in enumerate(zip(leaf.shape, leaf.stride(), strict=True)) if size > 1]
+    return (tuple((dim, step == 0) for step, dim in sorted(steps)),)
 
 
 def _ambient(method: str) -> tuple[Any, ...]:

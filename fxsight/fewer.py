@@ -18,6 +18,7 @@ from fxsight.columns import count, narrowable
 from fxsight.node import is_tensor, tensor_spec
 from fxsight.passes.narrow_reads import Move, NarrowReads, moves
 from fxsight.program import Program
+from fxsight.sizes import layouts, lie_as_captured
 
 REMEMBERED = 256  # sizes
 LEAST = 50_000_000  # multiply-adds that are left out at least: a millisecond or two
@@ -49,7 +50,7 @@ class Fewer:
         """What runs on these inputs instead; None where the program itself does."""
         if self._moves == [] and not self._columns:
             return None
-        key = (torch.get_num_threads(), *(leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        key = (torch.get_num_threads(), *layouts(leaves))
         if key in self._runs:
             return self._runs[key]
         if len(self._seen) >= REMEMBERED:
@@ -66,6 +67,8 @@ class Fewer:
             self._moves = moves(graph, NarrowReads(layout=True))
             self._columns = [(node, count([p for r in found for p in r.pieces])) for node, found in narrowable(graph)]
         rows = sum(self._rows_left_out(move, sizes) for move in self._moves)
+        if not lie_as_captured(self._program, leaves, sizes):
+            return None
         if rows + sum(self._columns_left_out(*layer, sizes) for layer in self._columns) < LEAST:
             return None
         passes, narrowed = narrowed_by(self._program, sizes, self._weight, self._known)

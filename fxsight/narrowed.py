@@ -14,7 +14,7 @@ import torch
 from fxsight.bits import Known, Sizes, is_exact
 from fxsight.passes.narrow_reads import NarrowReads
 from fxsight.program import Program
-from fxsight.sizes import holds
+from fxsight.sizes import holds, layouts, lie_as_captured
 
 
 class Narrowed:
@@ -40,12 +40,12 @@ class Narrowed:
 
     def instead(self, leaves: Sequence[Any]) -> Any:
         """What runs on these inputs instead; None where the bits are the same."""
-        key = (torch.get_num_threads(), *(leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        key = (torch.get_num_threads(), *layouts(leaves))
         if self._tried.get(key):
             return None
         sizes = self._sizes_of(leaves)
         if key not in self._tried:
-            tries = not self._wholes
+            tries = not self._wholes and lie_as_captured(self._woven, leaves, sizes)
             self._tried[key] = tries and is_exact(self._woven, self._asked, sizes, self._weight, self._known)
         return None if self._tried[key] else self._whole(sizes)
 

@@ -92,6 +92,11 @@ class Ready:
         """The user's tensors."""
         return self.tracer.recorder.constants
 
+    @property
+    def leaves(self) -> Sequence[Any]:
+        """Of the inputs."""
+        return self.tracer.inputs
+
     @cached_property
     def outline(self) -> Outline:
         """The body without its numbers."""

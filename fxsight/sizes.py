@@ -62,6 +62,27 @@ def holds(program: Program, sizes: Mapping[str, int]) -> bool:
     return True
 
 
+def layouts(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """Shapes and strides of the tensors among some inputs."""
+    return tuple((leaf.shape, leaf.stride()) for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def lie_as_captured(program: Program, leaves: Sequence[Any], sizes: Mapping[str, int]) -> bool:
+    """Whether the inputs have the strides that the program says: kernels, and so the order of additions, go by them."""
+    pairs = zip(program.input_leaves, leaves, strict=True)
+    return all(_lies(spec, leaf, sizes) for spec, leaf in pairs if isinstance(spec, TensorSpec))
+
+
+def _lies(spec: TensorSpec, leaf: torch.Tensor, sizes: Mapping[str, int]) -> bool:
+    if not spec.dtype.is_floating_point:
+        return True
+    try:
+        steps = spec.at(sizes).steps
+    except InputError:  # there are gaps, of which no input tells the size
+        return False
+    return all(size < 2 or step == own for size, step, own in zip(leaf.shape, steps, leaf.stride(), strict=True))
+
+
 def _bind(sizes: dict[str, int], spec: TensorSpec, leaf: Any, what: str) -> None:
     if not isinstance(leaf, torch.Tensor) or leaf.dtype != spec.dtype or leaf.ndim != len(spec.shape):
         raise InputError(f"{what} is {given_text(leaf)}, and this program takes {spec}; {AGAIN}")

@@ -59,7 +59,10 @@ def kinds(leaves: list[Any]) -> tuple[Any, ...] | None:
     if any(type(leaf) not in _KNOWN for leaf in leaves):
         return None
     return tuple(
-        (leaf.dtype, leaf.shape, leaf.device) if type(leaf) is torch.Tensor else (type(leaf), leaf) for leaf in leaves
+        (leaf.dtype, leaf.shape, leaf.device, leaf.dtype.is_floating_point and leaf.stride())
+        if type(leaf) is torch.Tensor
+        else (type(leaf), leaf)
+        for leaf in leaves
     )
 
 

@@ -520,7 +520,7 @@ def test_regions_and_one_piece_agree() -> None:
         program.compile_whole()
         torch.testing.assert_close(program(x)[0], net(x), rtol=rtol, atol=atol)
         torch.testing.assert_close(program(token_ids(3, 7))[0], net(token_ids(3, 7)), rtol=rtol, atol=atol)
-    assert artifacts.made == made and program.tier == "inductor"
+    assert artifacts.made == made + 1 and program.tier == "inductor"  # one piece is one more, for all sizes
 
 
 def test_no_operators_no_regions() -> None:
