@@ -21,11 +21,12 @@ from torch import fx, nn
 from fxsight import _torch
 from fxsight.book import Book, Call, Opaque, Ref, SizeRef, Structure
 from fxsight.capture_errors import Refused
+from fxsight.clock import TAG
 from fxsight.libraries import Libraries, stack_lines
 from fxsight.node import Binding, Fixed, InputLeaf, Origin, Size
 from fxsight.past import Count
 from fxsight.program import Program
-from fxsight.provenance import TAG, Scribe
+from fxsight.provenance import Scribe
 from fxsight.spec import TensorSpec, parse_dims, spec_of, symbol
 from fxsight.tree import Tree
 

@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from fxsight.book import Call, Leaf, Opaque, Ref, SizeRef, Structure, Weight
+from fxsight.clock import TAG
 from fxsight.decompose import Parts, with_values
 from fxsight.editor import Editor
 from fxsight.example_sizes import size_number
 from fxsight.node import Origin, binding_of, origin_of, spec_of_node, tensor_spec
-from fxsight.provenance import TAG
 from fxsight.spec import Dim, Spec, TensorSpec, contiguous_stride, parse_dims, spec_of, symbol
 from fxsight.text import node_line
 from fxsight.tree import flatten
