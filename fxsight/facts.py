@@ -10,7 +10,8 @@ from fxsight.address import Address
 from fxsight.book import Call, Const, Leaf, Opaque, Ref, SizeRef, Structure, Weight
 from fxsight.look import Look, node_of
 from fxsight.node import Binding, origin_of
-from fxsight.place import Place, operator_name
+from fxsight.node_call import operator_name
+from fxsight.place import Place
 from fxsight.program import Program
 from fxsight.spec import SizeSpec, Spec, TensorSpec
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fxsight.cell import check_usable
 from fxsight.errors import TraceError
 from fxsight.program import Program
 from fxsight.rows import Call, join
+from fxsight.tree import plain_leaves
+from fxsight.value import values_in
 
 
 class Inputs:
@@ -47,3 +50,19 @@ class Inputs:
 
 
 PLAIN = Inputs()
+
+
+def check_inputs(call: Call | None) -> None:
+    """Values of an ended block of this session can be inputs.
+
+    Raises: TraceError for a value of an open block, NotSavedError.
+    """
+    if call is None or plain_leaves(*call) is not None:
+        return
+    for value in values_in(call):
+        check_usable(value.cell)
+        if value.cell.recorder.is_open:
+            raise TraceError(
+                f"{value.cell.what} is a value of a block that has not ended, and cannot be the input of another; "
+                "end the block first: with model.session(): one trace after the other"
+            )

@@ -13,6 +13,7 @@ from fxsight.context import open_block
 from fxsight.edit_text import edits_of
 from fxsight.errors import TraceError
 from fxsight.generation import Generation
+from fxsight.inputs import check_inputs
 from fxsight.invokes import own_arguments
 from fxsight.loading import Pending, Source
 from fxsight.media import media_in
@@ -23,7 +24,6 @@ from fxsight.prompted import Prompted
 from fxsight.prompts import Prompts
 from fxsight.rename import Rename
 from fxsight.repertoire import Repertoire
-from fxsight.running import check_inputs
 from fxsight.tokens import Tokens
 from fxsight.value import values_in
 

@@ -14,7 +14,6 @@ import re
 import tokenize
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from torch import fx
 
 from fxsight.book import Book
 from fxsight.errors import TextError
-from fxsight.node import Binding, Fixed, InputLeaf, Origin, OutputLeaf, Size
+from fxsight.node import Binding, Fixed, InputLeaf, OutputLeaf, Size
+from fxsight.notes import read_expression, read_literal, read_note, read_tensor
 from fxsight.program import Program
-from fxsight.spec import Dim, SizeSpec, Spec, TensorSpec, contiguous_stride, parse_dims, parse_expr, parse_tensor
+from fxsight.spec import SizeSpec, Spec
 from fxsight.targets import check_call, find_target
 from fxsight.tree import Tree
 
@@ -59,7 +59,7 @@ def _parse_program(text: str, book: Book | None, literals: Mapping[str, torch.Te
         outputs,
         tuple(map(_output_leaf, output_leaves)),
         tuple(map(_size, fields.get("sizes", "").split(", "))) if fields.get("sizes") else (),
-        tuple(_expression(g) for g in fields.get("where", "").split("; ") if g),
+        tuple(read_expression(g) for g in fields.get("where", "").split("; ") if g),
         book or Book(),
         dict(literals or {}),
         tuple(_history(fields.get("made by", "capture"))),
@@ -112,7 +112,7 @@ def parse_line(text: str, nodes: Mapping[str, fx.Node]) -> Line:
         target = None if function in ("read", "constant", "weight") else find_target(function)
         if target is not None:
             check_call(target, args)
-        return Line(name, function, target, args, kwargs, _read_note(note, name, 1).get("spec"))
+        return Line(name, function, target, args, kwargs, read_note(note, name, 1).get("spec"))
     except (*_DAMAGE, ValueError, MemoryError, tokenize.TokenError) as error:
         if isinstance(error, TextError):
             raise
@@ -152,8 +152,8 @@ def _input_leaf(data: Any) -> InputLeaf:
     if "fixed" in data:
         return Fixed(data["fixed"])
     if data["type"].startswith("size "):
-        return SizeSpec(_expression(data["type"].removeprefix("size ")))
-    return _tensor(data["type"], data, "")
+        return SizeSpec(read_expression(data["type"].removeprefix("size ")))
+    return read_tensor(data["type"], data, "")
 
 
 def _output_leaf(data: Any) -> OutputLeaf:
@@ -172,10 +172,6 @@ def _history(text: str) -> list[str]:
     """Split at commas outside brackets."""
     parts = re.findall(r"(?:[^,(\[]|\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^\]]*\])+", text)
     return [part.strip() for part in parts]
-
-
-def _expression(text: str) -> Any:
-    return parse_expr(ast.parse(text, mode="eval").body)
 
 
 class _Reader:
@@ -221,7 +217,7 @@ class _Reader:
         if node.name != name or name in self.made:
             raise TextError(f"line {line}: the name {name!r} is taken or reserved")
         self.made[name] = node
-        node.meta.update(_read_note(self.notes.get(line, ""), name, line))
+        node.meta.update(read_note(self.notes.get(line, ""), name, line))
         return node
 
     def _value(self, node: ast.expr) -> Any:
@@ -239,7 +235,7 @@ class _Reader:
             case ast.Call(func=ast.Name(id="slice"), args=parts):
                 return slice(*map(self._value, parts))
             case _:
-                return _literal(node)
+                return read_literal(node)
 
 
 def _dotted(function: ast.expr) -> str:
@@ -252,29 +248,6 @@ def _dotted(function: ast.expr) -> str:
     return ".".join([inner.id, *reversed(steps)]) if isinstance(inner, ast.Name) else ast.unparse(function)
 
 
-def _literal(node: ast.expr) -> Any:
-    match node:
-        case ast.Constant(value=value):
-            return value
-        case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str() as text)]):
-            return float(text)
-        case ast.Call(
-            func=ast.Attribute(value=ast.Name(id="torch"), attr="device"),
-            args=[ast.Constant(value=str() as text)],
-        ):
-            return torch.device(text)
-        case ast.Attribute(value=ast.Name(id="torch"), attr=name):
-            found = getattr(torch, name, None)
-            if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
-                return found
-        case _:
-            pass
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        raise TextError(f"line {node.lineno}: not an argument: {ast.unparse(node)!r}") from None
-
-
 def _binding(argument: ast.arg) -> Binding:
     text = argument.annotation.value if isinstance(argument.annotation, ast.Constant) else ""
     kind, _, key = str(text).partition(" ")
@@ -283,67 +256,3 @@ def _binding(argument: ast.arg) -> Binding:
     if kind in ("input", "constant") and key.isdecimal():
         return Binding(kind, int(key))  # type: ignore[arg-type]
     raise TextError(f"line {argument.lineno}: not a binding: {text!r}; write 'weight NAME' or 'input NUMBER'")
-
-
-_NOTE = re.compile(
-    r"(?P<spec>none|size [^{]*?|\(.*?\)|[\w]+\[[^\]]*\])(?:  (?P<address>[^{]\S*))?(?:  \{(?P<extras>.*)\})?$"
-)
-
-
-def _read_note(note: str, name: str, line: int) -> dict[str, Any]:
-    if not note:
-        return {}
-    match = _NOTE.match(note)
-    if match is None:
-        raise TextError(f"line {line}: cannot read the note {note!r}; write for example '# f32[batch, 64]'")
-    extras = _extras(match["extras"] or "")
-    origin = {key: extras[key] for key in vars(Origin()) if key in extras}
-    return {"spec": _spec(match["spec"], extras, name), "origin": Origin(**origin)}
-
-
-_EXTRA = re.compile(r"(\w+)=(?:(0|[1-9]\d*)|'([^'\\]*)')(?:, |$)")
-
-
-def _extras(text: str) -> dict[str, Any]:
-    """``call=4, line='gpt2.py:8'`` as a dictionary: most are numbers and plain text."""
-    extras: dict[str, Any] = {}
-    at = 0
-    while at < len(text):
-        match = _EXTRA.match(text, at)
-        if match is None:
-            call = ast.parse(f"dict({text})", mode="eval").body
-            assert isinstance(call, ast.Call)
-            return {k.arg: _literal(k.value) for k in call.keywords if k.arg}
-        extras[match[1]] = match[3] if match[2] is None else int(match[2])
-        at = match.end()
-    return extras
-
-
-def _spec(text: str, extras: Mapping[str, Any], name: str) -> Spec:
-    if text == "none":
-        return None
-    if text.startswith("size "):
-        return SizeSpec(_expression(text.removeprefix("size ")))
-    if text.startswith("("):
-        members = _split(text[1:-1])
-        parts = extras.get("parts", [{}] * len(members))
-        if not isinstance(parts, list) or len(parts) != len(members) or not all(isinstance(p, dict) for p in parts):
-            raise TextError(f"the note of {name} has {len(members)} members, and says this of them: {parts!r}")
-        return tuple(_spec(m, p, f"{name}[{i}]") for i, (m, p) in enumerate(zip(members, parts, strict=True)))
-    return _tensor(text, extras, name)
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas outside brackets."""
-    return [part.strip() for part in re.findall(r"(?:[^,\[(]|\[[^\]]*\]|\([^)]*\))+", text)]
-
-
-def _tensor(text: str, extras: Mapping[str, Any], name: str) -> TensorSpec:
-    dtype, shape, stride = _layout(text, extras.get("stride"))
-    return TensorSpec(dtype, shape, stride, extras.get("device", "cpu"), extras.get("shares", name))
-
-
-@lru_cache(4096)  # most values of a model have one of a few shapes
-def _layout(text: str, stride: str | None) -> tuple[torch.dtype, tuple[Dim, ...], tuple[Dim, ...]]:
-    dtype, shape = parse_tensor(text)
-    return dtype, shape, contiguous_stride(shape) if stride is None else parse_dims(stride)

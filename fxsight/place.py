@@ -11,21 +11,20 @@ import math
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import fx
 
 from fxsight.address import Address, Step
-from fxsight.book import Call, Const, Leaf, Opaque, Ref, SizeRef, Structure, Weight
+from fxsight.book import Call, Const, Ref, Structure
 from fxsight.errors import NotExecuted, UnknownAddress, nearest
-from fxsight.node import binding_of, origin_of
+from fxsight.node import origin_of
+from fxsight.node_call import operator_name, output_of, structure_of
 from fxsight.parse import parse_arguments
 from fxsight.program import Program
 from fxsight.rules import Table
 from fxsight.source import Source, SourceReader
-from fxsight.spec import SizeSpec, TensorSpec
-from fxsight.targets import target_name
-from fxsight.tree import LEAF, Tree
+from fxsight.spec import TensorSpec
+from fxsight.tree import LEAF
 
 
 @dataclass(frozen=True)
@@ -280,26 +279,9 @@ class Places:
         time = origin_of(node).time
         was = origin_of(node).was
         args, kwargs = parse_arguments(was, self.program.nodes) if was else (tuple(node.args), dict(node.kwargs))
-        inputs = _structure_of((args, kwargs))
-        output = Structure(LEAF, (_output_of(node),))
+        inputs = structure_of((args, kwargs))
+        output = Structure(LEAF, (output_of(node),))
         return Place(self.program.book.address(call).step(name), f"%{node.name}", inputs, output, time - 0.5, time)
-
-
-def _output_of(node: fx.Node) -> Leaf:
-    match node.meta.get("spec"):
-        case TensorSpec():
-            return Ref(node.name)
-        case SizeSpec(expr=expr):
-            return SizeRef(str(expr))
-        case tuple():
-            return Opaque("several values: its members are nodes, too")
-        case _:
-            return Const(None)
-
-
-def operator_name(node: fx.Node) -> str:
-    """The name of what a node calls; of an opened operator, what it called before."""
-    return origin_of(node).was.partition("(")[0] or target_name(node.target)
 
 
 def _numbered(name: str, n: int) -> str:
@@ -308,26 +290,3 @@ def _numbered(name: str, n: int) -> str:
 
 def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def _structure_of(value: Any) -> Structure:
-    leaves: list[Leaf] = []
-    return Structure(_walk(value, leaves), tuple(leaves))
-
-
-def _walk(value: Any, leaves: list[Leaf]) -> Tree:
-    if isinstance(value, (tuple, list)):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return Tree(kind, "", tuple(range(len(value))), tuple(_walk(v, leaves) for v in value))
-    if isinstance(value, dict):
-        return Tree("dict", "", tuple(value), tuple(_walk(v, leaves) for v in value.values()))
-    leaves.append(_leaf(value))
-    return LEAF
-
-
-def _leaf(value: Any) -> Leaf:
-    if isinstance(value, fx.Node):
-        if value.op == "placeholder" and binding_of(value).kind == "weight":
-            return Weight(str(binding_of(value).key))
-        return Ref(value.name)
-    return Const(value) if value is None or isinstance(value, (bool, int, float, str)) else Opaque(type(value).__name__)

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from fxsight.errors import TraceError
-from fxsight.inputs import Inputs
+from fxsight.inputs import Inputs, check_inputs
 from fxsight.invoke import Batch, Invoker
 from fxsight.rehearsal import Known
 from fxsight.rows import Call, Rows, batch_size
-from fxsight.running import check_inputs
 from fxsight.spec import number
 
 NO_PROMPT = "this generation has no prompt yet: its values are there inside `with tracer.invoke(prompt):`"

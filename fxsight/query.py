@@ -19,7 +19,7 @@ from fxsight.conditions import Candidate, Selector, selector_of
 from fxsight.facts import tensor_spec_of
 from fxsight.look import Look
 from fxsight.node import origin_of
-from fxsight.place import operator_name
+from fxsight.node_call import operator_name
 from fxsight.program import Program
 from fxsight.selectors import chosen
 from fxsight.spec import Dim, parse_dims, parse_tensor

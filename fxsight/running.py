@@ -17,12 +17,11 @@ from fxsight.asked import asked_in_all, demanded, results_of
 from fxsight.auto import Backend, Tier
 from fxsight.become import become
 from fxsight.captures import Captures
-from fxsight.cell import check_usable
 from fxsight.context import here
 from fxsight.edit import Edit
 from fxsight.effects import is_random
 from fxsight.errors import TraceError
-from fxsight.inputs import PLAIN, Inputs
+from fxsight.inputs import PLAIN, Inputs, check_inputs
 from fxsight.intervention import Intervention, Save
 from fxsight.invoke import Batch, Invoker
 from fxsight.keep import Keeper
@@ -292,19 +291,3 @@ class Running:
     def _use_known(self) -> UseKnown | None:
         """What has been computed for this body already, as constants after its own."""
         return UseKnown(tuple(self._known), len(self._written.constants)) if self._known else None
-
-
-def check_inputs(call: Call | None) -> None:
-    """Values of an ended block of this session can be inputs.
-
-    Raises: TraceError for a value of an open block, NotSavedError.
-    """
-    if call is None or plain_leaves(*call) is not None:
-        return
-    for value in values_in(call):
-        check_usable(value.cell)
-        if value.cell.recorder.is_open:
-            raise TraceError(
-                f"{value.cell.what} is a value of a block that has not ended, and cannot be the input of another; "
-                "end the block first: with model.session(): one trace after the other"
-            )

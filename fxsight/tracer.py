@@ -25,12 +25,12 @@ from fxsight.block import Block
 from fxsight.branch import Branch, Stopped
 from fxsight.cache import Cache
 from fxsight.errors import TraceError
+from fxsight.inputs import check_inputs
 from fxsight.invoke import Invoker
 from fxsight.keep import Asked, Keeper, paths_of
 from fxsight.lines import user_line
 from fxsight.looked import sizes_text
 from fxsight.record import Recorder
-from fxsight.running import check_inputs
 from fxsight.statements import is_inside
 from fxsight.value import values_in
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxsight.place import Place, Places, operator_name
+from fxsight.node_call import operator_name
+from fxsight.place import Place, Places
 from fxsight.program import Program
 from fxsight.source import SourceReader
 
