@@ -33,8 +33,9 @@ from fxsight.folder import Folder, cache_folder, digest, remove
 from fxsight.identity import library_versions
 from fxsight.kernels import Parts, put_together, take_apart
 from fxsight.spec import Spec, TensorSpec, contiguous_stride, parse_expr
+from fxsight.straight import straight
 
-FORMAT = 4
+FORMAT = 5
 KEPT = 256  # artifacts in memory
 _CATS = (torch.ops.aten.cat.default, torch.cat)
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -113,17 +114,26 @@ class Artifacts:
             self.check_may_compile()
         module, example, results, fakes = traced(region)
         has_tensors = any(isinstance(spec, TensorSpec) for spec in results)
-        if not has_tensors or any(map(is_random, region.graph.nodes)):
+        if not region.is_compiled or not has_tensors or any(map(is_random, region.graph.nodes)):
             # Sizes, or a buffer's update: nothing to fuse. Random numbers: Inductor keeps no order among draws.
-            return Artifact(module.forward, results, fakes.guards())
+            found = Artifact(straight(region.graph), results, fakes.guards())
+            return self._keep(region, found, "calls", b"")
         compiled = self._compiler(module, example)
+        self.made += 1
         parts = take_apart(compiled)
         found = Artifact(compiled if parts is None else put_together(parts), results, fakes.guards())
-        self.made += 1
-        data = None if self._files is None else _written(compiled) if parts is None else parts.to_bytes()
+        if parts is not None:
+            return self._keep(region, found, "parts", parts.to_bytes())
+        return self._keep(region, found, "whole", None if self._files is None else _written(compiled))
+
+    def _keep(self, region: Canonical, found: Artifact, form: str, data: bytes | None) -> Artifact:
+        """Write what has been made; None: it cannot be written.
+
+        form: ``calls``, nothing but the operators; ``parts``, of ``kernels``; ``whole``, as torch writes it.
+        """
         if self._files is not None and data is not None:
-            told = {"results": [write_spec(spec) for spec in results], "guards": [str(g) for g in found.guards]}
-            header = {**_identity(region), **told, "parts": parts is not None}
+            told = {"results": [write_spec(spec) for spec in found.results], "guards": [str(g) for g in found.guards]}
+            header = {**_identity(region), **told, "form": form}
             self._files.write(_name(region), json.dumps(header).encode() + b"\n" + data)
         return found
 
@@ -144,7 +154,8 @@ class Artifacts:
 def _is_fused(region: Canonical) -> bool:
     """Whether there is certainly something for a compiler in it; to be asked before it is traced."""
     returned: Any = region.graph.output_node().args[0]
-    return any(node.meta.get("is_tensor") for node in returned) and not any(map(is_random, region.graph.nodes))
+    has_tensors = any(node.meta.get("is_tensor") for node in returned)
+    return region.is_compiled and has_tensors and not any(map(is_random, region.graph.nodes))
 
 
 def _refuse(module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
@@ -219,7 +230,9 @@ def _decode(data: bytes, region: Canonical) -> Artifact:
         raise ValueError("the artifact of another region")
     results = tuple(map(read_spec, header["results"]))
     guards = tuple(parse_expr(ast.parse(text, mode="eval").body) for text in header["guards"])
-    if header["parts"]:
+    if header["form"] == "calls":
+        return Artifact(straight(region.graph), results, guards)
+    if header["form"] == "parts":
         return Artifact(put_together(Parts.from_bytes(compiled)), results, guards)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "compiled"

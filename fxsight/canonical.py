@@ -40,9 +40,10 @@ from fxsight.text import node_line
 class Canonical:
     """A region with the names of all its like.
 
-    text: equal for regions that do the same.  graph: sizes, then inputs, as placeholders with their ``spec``.
-    sizes: example number of each size.  inputs: the values the placeholders after the sizes stand for.
-    names: the program's name of each size, in order.
+    text: equal for regions that do the same in the same way.
+    graph: sizes, then inputs, as placeholders with their ``spec``.  sizes: example number of each size.
+    inputs: the values the placeholders after the sizes stand for.
+    names: the program's name of each size, in order.  is_compiled: whether a compiler is given it.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Canonical:
     sizes: Mapping[str, int]
     inputs: tuple[fx.Node, ...]
     names: tuple[str, ...]
+    is_compiled: bool
 
     def renamed(self, spec: Spec) -> Spec:
         """The spec of a result, in the program's names of sizes."""
@@ -91,7 +93,8 @@ def canonical(
     graph.output(tuple(made[node] for node in region.outputs))
     examples = {f"s{i}": sizes[name] for i, name in enumerate(names)}
     held = [str(g.xreplace(new)) for g in guards if {s.name for s in g.free_symbols} <= set(names)]
-    return Canonical(_text(graph, examples, held), graph, examples, tuple(passed), names)
+    text = _text(graph, examples, held) + ("" if region.is_compiled else "op by op\n")
+    return Canonical(text, graph, examples, tuple(passed), names, region.is_compiled)
 
 
 def _placeholder(graph: fx.Graph, name: str, spec: Spec) -> fx.Node:

@@ -25,6 +25,7 @@ from fxsight.program import Program
 from fxsight.regions import Region, cut
 from fxsight.spec import TensorSpec, number, symbol
 from fxsight.straight import straight
+from fxsight.worth import worthwhile
 
 Lowered = Callable[..., Sequence[Any]]
 REMEMBERED = 4096  # sizes for which it is known what is called
@@ -47,7 +48,7 @@ def by_regions(
     """
     if not can_drive(program, arguments):
         return inductor(program, arguments, fixed, artifacts)
-    lowered = _BySizes(program, artifacts, pieces(program))
+    lowered = _BySizes(program, artifacts, worthwhile(program, pieces(program)))
     lowered.find(arguments)
     return lowered
 

@@ -65,6 +65,11 @@ def _flops(node: fx.Node, sizes: Sizes) -> int:
         return made
 
 
+def is_product(node: fx.Node) -> bool:
+    """Whether it is a matrix product, a convolution or attention: what a library's kernel computes."""
+    return node.op == "call_function" and _name(node) in _RULES
+
+
 def _name(node: fx.Node) -> str:
     parts = target_name(node.target).split(".")
     return parts[1] if parts[0] == "aten" else parts[-1].strip("_")

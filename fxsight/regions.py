@@ -37,12 +37,14 @@ class Region:
 
     place: address of the block, "" for what is outside of all blocks.  nodes: in order.  inputs: values from outside
     that they use, in order of first use.  outputs: values that later regions or the caller use, in order.
+    is_compiled: whether a compiler is given it, or it runs op by op.
     """
 
     place: str
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    is_compiled: bool = True
 
     def __str__(self) -> str:
         names = [", ".join(n.name for n in part) for part in (self.inputs, self.nodes, self.outputs)]
