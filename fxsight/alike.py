@@ -21,6 +21,7 @@ from fxsight.lift import Outline, lifted, varying
 from fxsight.numbering import has_effects
 from fxsight.parts import Alike, Constants, Group, cut, identity, varying_constants
 from fxsight.passes.narrow_columns import NarrowColumns
+from fxsight.passes.open_stages import OpenStages
 from fxsight.pipeline import cell_pass
 from fxsight.program import Program
 from fxsight.sizes import layouts, lie_as_captured
@@ -103,11 +104,13 @@ def _alike(
     varies = varying_constants(constants) if mode == "fast" else frozenset[int]()
     try:
         own = staged[id(captured)].of(cells[0].asked)
-        whole = cell_pass(asked, bool(varies)).apply(own, copies=own is captured).program
+        whole = cell_pass(asked).apply(own, copies=own is captured).program
     except CausalityError:  # one stage may depend on more than one of its operators does
         whole = cell_pass(asked)(captured)
     if varies:  # one cell alone is computed as in mode exact
-        program = NarrowColumns()(whole) if captures.shared.narrow else whole
+        program = OpenStages(varies=varies)(whole)
+        if captures.shared.narrow:
+            program = NarrowColumns().apply(program, copies=program is whole).program
         found = best_stride(program, captured, varies, sizes)
         if found is not None:
             return Alike(whole, program, tuple(members), constants, sizes, found)

@@ -5,12 +5,15 @@ And what a value depends on: of the constants that vary from cell to cell, those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
 from fxsight.effects import is_random, mutated_storages, storages
 from fxsight.node import Binding, binding_of
+from fxsight.stage import Stage
 from fxsight.targets import argument_text
 
 Depends = frozenset[int]
@@ -21,10 +24,24 @@ class Numbering:
 
     def __init__(self) -> None:
         self._table: dict[Hashable, int] = {}
+        self._inside: dict[Hashable, tuple[int, ...]] = {}
 
     def of(self, thing: Hashable) -> int:
         """The number of a thing."""
         return self._table.setdefault(thing, len(self._table))
+
+    def inside(self, stage: Stage, values: Sequence[int], given: Callable[[Binding], Hashable]) -> tuple[int, ...]:
+        """The numbers of what a stage gives: those that its operators would have in its place."""
+        key = (stage, *values)
+        if key not in self._inside:
+            nodes = list(stage.graph.nodes)
+            found = dict(zip(nodes[stage.given :], values, strict=False))
+            for node in nodes[: stage.given]:
+                found[node] = self.of(given(binding_of(node)))
+            for node in nodes[len(found) : -1]:
+                found[node] = self.of(formula(node, found.__getitem__))
+            self._inside[key] = tuple(found[node] for node in stage.results)
+        return self._inside[key]
 
 
 def dependence(graph: fx.Graph, varies: Depends) -> Mapping[fx.Node, Depends]:
@@ -59,22 +76,46 @@ def touches(node: fx.Node) -> frozenset[str]:
 
 
 def value_numbers(
-    graph: fx.Graph, numbering: Numbering, given: Callable[[Binding], Hashable], own: Hashable
+    graph: fx.Graph,
+    numbering: Numbering,
+    given: Callable[[Binding], Hashable],
+    own: Hashable,
+    opened: bool = False,
 ) -> Mapping[fx.Node, int]:
     """The number of each node's value.
 
     given: what a placeholder's value is, so that equal things are equal values.  own: makes the numbers of values
-    whose memory is changed those of this program alone.
+    whose memory is changed those of this program alone.  opened: whether what stages give is to have the numbers that
+    it has in programs in which their operators stand in their place.
     """
     changed = mutated_storages(graph.nodes)
     found: dict[fx.Node, int] = {}
+    stages: dict[fx.Node, tuple[int, ...]] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             found[node] = numbering.of(given(binding_of(node)))
         elif node.op == "call_function":
             alone = bool(changed and touches(node) & changed) or is_random(node)
-            found[node] = numbering.of((own, node.name) if alone else formula(node, found.__getitem__))
+            if opened and isinstance(node.target, Stage):
+                values: Any = node.args[1:]
+                stages[node] = numbering.inside(node.target, [found[a] for a in values], given)
+            found[node] = numbering.of((own, node.name)) if alone else _number(node, numbering, found, stages)
     return found
+
+
+def _number(
+    node: fx.Node,
+    numbering: Numbering,
+    found: Mapping[fx.Node, int],
+    stages: Mapping[fx.Node, tuple[int, ...]],
+) -> int:
+    """stages: what those that have been opened give."""
+    given: Any = node.args[0] if node.target is operator.getitem else None
+    if given in stages:
+        return stages[given][int(node.args[1])]  # type: ignore[arg-type]
+    if len(stages.get(node, ())) == 1:
+        return stages[node][0]
+    return numbering.of(formula(node, found.__getitem__))
 
 
 def formula(node: fx.Node, number: Callable[[fx.Node], int]) -> Hashable:

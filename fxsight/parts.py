@@ -8,7 +8,7 @@ numbers are those of each cell's own run, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from fxsight.node import Binding
 from fxsight.numbering import Depends, Numbering, dependence, value_numbers
 from fxsight.program import Program
 from fxsight.run import Executable
+from fxsight.stage import Stage
 from fxsight.stride import Stride
 from fxsight.together import Together
 
@@ -129,10 +130,10 @@ def varying_constants(constants: Sequence[Constants]) -> Depends:
 class _Draft:
     """One group while all are being cut."""
 
-    def __init__(self, alike: Alike, number: int, numbering: Numbering, done: set[int]) -> None:
-        self.alike = alike
+    def __init__(self, alike: Alike, number: int, numbering: Numbering, done: set[int], opened: bool) -> None:
+        self.alike, self._opened = alike, opened
         graph, varies = alike.program.graph, alike.varies
-        self.numbers = value_numbers(graph, numbering, lambda b: self._given(b, number, varies), number)
+        self.numbers = value_numbers(graph, numbering, lambda b: self._given(b, number, varies), number, opened)
         self.results = tuple(self.numbers[node] for node in alike.program.results)
         self.pieces: dict[Depends, dict[fx.Node, None]] = {}
         self.own: dict[fx.Node, None] = {}  # what is computed together
@@ -140,7 +141,7 @@ class _Draft:
         self.before = self._clean(alike.stride, number, numbering, done) if alike.stride is not None else None
         for node, depends in dependence(graph, varies).items():
             runs = node.op == "call_function" or (node.op == "placeholder" and node in alike.program.results)
-            if runs and self.numbers[node] not in done:
+            if runs and not self._is_done(node, done):
                 self.pieces.setdefault(depends, {})[node] = None
         if alike.stride is not None:
             shared = self.pieces.get(frozenset(), {})
@@ -157,7 +158,13 @@ class _Draft:
             return None
         program = clean.made()
         alike = Alike(program, program, (), self.alike.constants[:1], self.alike.sizes)
-        return _Draft(alike, -1 - number, numbering, done)
+        return _Draft(alike, -1 - number, numbering, done, self._opened)
+
+    def _is_done(self, node: fx.Node, done: Set[int]) -> bool:
+        """Whether a group before has computed it, or all that is taken of it."""
+        if self._opened and isinstance(node.target, Stage) and node.meta["spec"] == ():
+            return all(self.numbers[user] in done for user in node.users)
+        return self.numbers[node] in done
 
     @property
     def shared(self) -> dict[fx.Node, int]:
@@ -195,7 +202,8 @@ class _Draft:
 def cut(groups: Sequence[Alike], module: nn.Module) -> list[Group]:
     """The groups in parts. Programs are those before in-place calls are written out (``cell_pass``)."""
     numbering, done = Numbering(), set[int]()
-    drafts = [_Draft(alike, number, numbering, done) for number, alike in enumerate(groups)]
+    opened = any(alike.stride is not None for alike in groups)  # then stages of one group are operators in others
+    drafts = [_Draft(alike, number, numbering, done, opened) for number, alike in enumerate(groups)]
     last = {value: number for number, draft in enumerate(drafts) for value in draft.needs}
     return [_group(draft, number, last, module) for number, draft in enumerate(drafts)]
 

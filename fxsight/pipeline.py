@@ -69,9 +69,6 @@ def sources_pipeline(asked: Intervention) -> Pipeline:
     return Pipeline(Weave(asked, keeps=True), DropUnused(), EraseBoundaries())
 
 
-def cell_pass(asked: Intervention, everywhere: bool = False) -> Pass:
-    """The same up to where order begins to matter: for one cell of a sweep, whose program is then cut into parts.
-
-    everywhere: whether all its stages are opened.
-    """
-    return Together((Weave(asked), SkipOverwritten(), DropUnused(), EraseBoundaries(), OpenStages(everywhere)))
+def cell_pass(asked: Intervention) -> Pass:
+    """The same up to where order begins to matter: for one cell of a sweep, whose program is then cut into parts."""
+    return Together((Weave(asked), SkipOverwritten(), DropUnused(), EraseBoundaries(), OpenStages()))

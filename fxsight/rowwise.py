@@ -18,7 +18,7 @@ from fxsight import _torch
 from fxsight.along import Along, reshaped
 from fxsight.effects import is_random
 from fxsight.node import is_tensor, tensor_spec
-from fxsight.spec import TensorSpec, number
+from fxsight.spec import number
 
 aten = torch.ops.aten
 Lie = Along | tuple[Along, ...]  # of a tensor, or of each member of a tuple
@@ -58,6 +58,11 @@ class Rows:
         if found is None:
             found = self._shapes[node] = tuple(number(d, self.sizes) for d in tensor_spec(node).shape)
         return found
+
+    def is_known(self, node: fx.Node) -> bool:
+        """Whether the sizes of the inputs tell its shape."""
+        spec = node.meta.get("spec")
+        return node in self._shapes or all(_is_known(d, self.sizes) for d in getattr(spec, "shape", ()))
 
     def of(self, node: Any) -> Along | None:
         """Where rows lie in a tensor; None for what all cells share, and for what is no tensor."""
@@ -320,8 +325,5 @@ _RULES: Mapping[str, Callable[[fx.Node, Rows], Way | None]] = {
 }
 
 
-def shape_is_known(node: fx.Node, sizes: Mapping[str, int]) -> bool:
-    """Whether the sizes of the inputs tell the shape."""
-    spec = node.meta.get("spec")
-    dims: Any = spec.shape if isinstance(spec, TensorSpec) else ()
-    return all(isinstance(d, int) or all(s.name in sizes for s in d.free_symbols) for d in dims)
+def _is_known(dim: Any, sizes: Mapping[str, int]) -> bool:
+    return isinstance(dim, int) or all(s.name in sizes for s in dim.free_symbols)

@@ -194,7 +194,7 @@ def renamed(spec: Any, names: Mapping[str, str]) -> Any:
         return spec
     name, bracket, rest = spec.storage.partition("[")
     known = names.get(spec.storage) or (f"{names[name]}{bracket}{rest}" if name in names else spec.storage)
-    return replace(spec, storage=known)
+    return spec if known == spec.storage else replace(spec, storage=known)
 
 
 _TENSOR = re.compile(r"(?P<dtype>\w+)\[(?P<shape>.*)\]")

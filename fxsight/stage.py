@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+STAGED = "_staged"  # behind the name of an operator: its value, as a stage gives it
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:

@@ -30,7 +30,7 @@ from fxsight.program import Program
 from fxsight.regions import cut
 from fxsight.run import Weights
 from fxsight.spec import TensorSpec, renamed
-from fxsight.stage import Stage, Table
+from fxsight.stage import STAGED, Stage, Table
 from fxsight.straight import straight
 from fxsight.tree import Tree
 from fxsight.written import titled
@@ -375,7 +375,7 @@ class _Build:
 
     def _seen(self, node: fx.Node, target: Any, args: tuple[Any, ...], time: float) -> None:
         is_free = node in self._wanted or node.target is _BORDER  # of others the name is that of an operator inside
-        name = node.name if is_free else f"{node.name}_staged"
+        name = node.name if is_free else f"{node.name}{STAGED}"
         made = self._node(target, args, name, None, time, origin_of(node).call)
         self._names |= dict.fromkeys(storages(node), made.name)
         made.meta["spec"] = renamed(node.meta["spec"], self._names)

@@ -22,8 +22,9 @@ from fxsight.mutate import mutate
 from fxsight.node import is_tensor, origin_of, tensor_spec
 from fxsight.numbering import Depends, dependence
 from fxsight.program import Program
-from fxsight.rowwise import Rows, Way, shape_is_known, way
+from fxsight.rowwise import Rows, Way, way
 from fxsight.spec import symbol
+from fxsight.stage import STAGED
 
 Reading = frozenset[int] | None  # the rows that are needed of a value; None: all that a cell has of its own
 _EMPTY: frozenset[int] = frozenset()
@@ -130,11 +131,12 @@ class _Survey:
                 self.ways[node] = self._way(node)
 
     def _way(self, node: fx.Node) -> Way | None:
-        if is_body(node) or not all(shape_is_known(n, self.rows.sizes) for n in (node, *node.all_input_nodes)):
+        if is_body(node) or not all(map(self.rows.is_known, (node, *node.all_input_nodes))):
             return None
         lifts: dict[fx.Node, Lift] = {}
-        for given, was in zip(_leaves(node), self._before(node), strict=True):
-            if isinstance(given, fx.Node) and self.depends[given] and given not in self.rows.lies:
+        whole = {a for a in node.all_input_nodes if self.depends[a] and a not in self.rows.lies}
+        for given, was in zip(_leaves(node), self._before(node), strict=True) if whole else ():
+            if given in whole:
                 lift = self._lift(given, was)
                 if lift is None:
                     return None
@@ -159,7 +161,7 @@ class _Survey:
     def _lift(self, given: fx.Node, was: Any) -> Lift | None:
         if not isinstance(was, fx.Node) or not is_tensor(was) or not is_tensor(given):
             return None
-        if not shape_is_known(was, self.rows.sizes) or self.rows.shape(given) != self.rows.shape(was):
+        if not self.rows.is_known(was) or self.rows.shape(given) != self.rows.shape(was):
             return None
         counted = symbol(self.axis)
         dims = [d for d, dim in enumerate(tensor_spec(was).shape) if counted in getattr(dim, "free_symbols", ())]
@@ -173,9 +175,11 @@ class _Survey:
         while isinstance(base, fx.Node) and base.target is mutate:
             base = base.args[0]
         if base is given:
+            names = [was.name]
             while was.target is torch.ops.aten.alias.default:
                 was = was.all_input_nodes[0]
-            base = self.program.nodes.get(was.name)
+                names = [was.name, f"{was.name}{STAGED}", *names]
+            base = next((self.program.nodes[name] for name in names if name in self.program.nodes), None)
         fits = isinstance(base, fx.Node) and not self.depends[base]
         same = fits and is_tensor(base) and _kind(base, self.rows) == _kind(given, self.rows)
         return base if same else None

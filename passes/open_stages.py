@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import fx
 from fxsight.columns import few_columns
 from fxsight.editor import Editor
 from fxsight.node import Binding, binding_of
+from fxsight.numbering import Depends, dependence
 from fxsight.passes.narrow_reads import read_in_part
 from fxsight.rewrite import Pass
 from fxsight.spec import renamed
@@ -28,15 +29,20 @@ class OpenStages(Pass):
         logits = aten.linear.default(norm, weight)                     # f32[batch, length, 96]
         last = torch.Tensor.__getitem__(logits, (slice(None), -1))     # f32[batch, 96]
 
-    everywhere: also where all is read.
+    everywhere: also where all is read.  varies: also where a result depends on one of these constants of the user's.
 
     Safe: a stage is nothing but these operators in this order.
     """
 
     everywhere: bool = False
+    varies: Depends = frozenset()
 
     def rewrite(self, editor: Editor) -> None:
         """The last first: when it is open, it may be seen that the one before it is read in part, too."""
+        editor.keeps_order = True
+        depends = dependence(editor.graph, self.varies) if self.varies else {}
+        for stage in [node for node in editor.calls() if isinstance(node.target, Stage) and depends.get(node)]:
+            _open(editor, stage)
         while stages := list(self._wanted(editor)):
             for stage in stages:
                 _open(editor, stage)
@@ -60,17 +66,18 @@ def _open(editor: Editor, node: fx.Node) -> None:
     values: list[Any] = list(node.args)
     table = values.pop(0)
     places = [inner for inner in stage.graph.nodes if inner.op == "placeholder"]
-    made: dict[fx.Node, Any] = {place: _fixed(editor, place) for place in places[: stage.given]}
+    known = {binding_of(n): n for n in editor.graph.find_nodes(op="placeholder")} if stage.given else {}
+    made: dict[fx.Node, Any] = {place: _fixed(editor, place, known) for place in places[: stage.given]}
     made |= dict(zip(places[stage.given :], values, strict=True))
     names = {s: t for place, value in made.items() for s, t in _pairs(place, value)}
     outer = {user.args[1]: user for user in node.users} if node.meta["spec"] == () else {0: node}
     names |= {s: t for number, value in outer.items() for s, t in _pairs(stage.results[number], value)}
-    for inner in stage.graph.nodes:
-        if inner.op == "call_function":
-            with editor.graph.inserting_before(node):
+    with editor.graph.inserting_before(node):
+        for inner in stage.graph.nodes:
+            if inner.op == "call_function":
                 made[inner] = editor.adopt(inner, made.__getitem__)
-            names.setdefault(inner.name, made[inner].name)
-            made[inner].meta["spec"] = renamed(inner.meta["spec"], names)
+                names.setdefault(inner.name, made[inner].name)
+                made[inner].meta["spec"] = renamed(inner.meta["spec"], names)
     for number, value in outer.items():
         editor.replace(value, made[stage.results[number]])
         if value is not node:
@@ -80,11 +87,10 @@ def _open(editor: Editor, node: fx.Node) -> None:
         editor.erase(table)
 
 
-def _fixed(editor: Editor, place: fx.Node) -> fx.Node:
+def _fixed(editor: Editor, place: fx.Node, known: Mapping[Binding, fx.Node]) -> fx.Node:
     """The placeholder of a weight or a literal."""
-    binding: Binding = binding_of(place)
-    known = (n for n in editor.graph.nodes if n.op == "placeholder" and binding_of(n) == binding)
-    return next(known, None) or editor.placeholder(place.name, binding, place.meta["spec"])
+    binding = binding_of(place)
+    return known.get(binding) or editor.placeholder(place.name, binding, place.meta["spec"])
 
 
 def _pairs(one: fx.Node, other: Any) -> Iterable[tuple[str, str]]:

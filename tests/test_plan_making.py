@@ -94,3 +94,36 @@ def test_a_stage_has_no_graph_before_it_is_asked_for() -> None:
     for stage in stages:
         assert [n.name for n in stage.graph.nodes if n.op == "output"] == ["output"]
         assert stage.graph is stage.graph
+
+
+@pytest.mark.parametrize("order", [range(LAYERS), range(LAYERS - 1, -1, -1)])
+def test_fast_programs_open_what_an_edit_reaches_and_share_the_rest(order: Any) -> None:
+    model = made()
+    body = scale_at(model)
+    fast = model.sweep(body, ids(0), mode="fast", layer=order, position=range(5))
+    exact = model.sweep(body, ids(0), layer=order, position=range(5))
+    assert torch.allclose(fast.values, exact.values, rtol=1e-4, atol=1e-4)
+    assert len(fast.plan.together) == LAYERS and all(t.stride.partial for _, t in fast.plan.together)
+    for group, together in fast.plan.together:
+        stages = [n for n in group.program.graph.nodes if isinstance(n.target, Stage)]
+        steps = (*together.stride.early, *together.stride.late)
+        assert not any(isinstance(step.node.target, Stage) for step in steps)
+        assert len(stages) >= list(order)[fast.plan.together.index((group, together))]
+    once = fast.plan.shared.flops / exact.plan.naive.flops * LAYERS * 5
+    assert once < (1.05 if order[0] == 0 else 2.05), "the run without edits, once; twice where stages came first"
+
+
+def test_a_value_that_replaces_what_a_stage_gives() -> None:
+    model = made()
+    new = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
+
+    def replace(layer: int, row: int) -> Any:
+        hidden = model.transformer.h[layer].input
+        kept = (torch.arange(5) == row)[:, None]
+        model.transformer.h[layer].input = torch.where(kept, new, hidden)
+        return model.lm_head.output[:, -1]
+
+    fast = model.sweep(replace, ids(0), mode="fast", layer=range(LAYERS), row=range(5))
+    exact = model.sweep(replace, ids(0), layer=range(LAYERS), row=range(5))
+    assert torch.allclose(fast.values, exact.values, rtol=1e-4, atol=1e-4)
+    assert all(t.stride.partial for _, t in fast.plan.together)
