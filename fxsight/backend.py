@@ -22,10 +22,11 @@ from fxsight.address import Address
 from fxsight.asked import asked_so_far
 from fxsight.beside import Beside, Unfit
 from fxsight.captures import Captures
-from fxsight.dynamo import Frame, Graph, first_names, frame_of, read_graph
+from fxsight.dynamo import Graph, read_graph
 from fxsight.edit import Edit
 from fxsight.edits import PlainTrace
 from fxsight.errors import EditError, FxsightError
+from fxsight.frame import Frame, first_names, frame_of
 from fxsight.graph_run import GraphRun, Source, plain_graph
 from fxsight.intervention import Intervention
 from fxsight.model import Model

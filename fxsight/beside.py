@@ -10,7 +10,7 @@ reason why not is given.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch import fx
 from fxsight import _torch
 from fxsight.address import Address
 from fxsight.book import Book, Call, Const, Leaf, Opaque, Ref, Structure
-from fxsight.dynamo import Graph, ModuleCall, does_nothing, is_operator, located, tensors_in, token, values_of
+from fxsight.dynamo import Graph, located
 from fxsight.node import Origin, binding_of, origin_of
 from fxsight.place import Location, Place, locations
 from fxsight.program import Program
+from fxsight.sides import ModuleCall, Side, does_nothing, is_operator, side_of, tensors_in, values_of
 from fxsight.spec import TensorSpec
 
 aten = torch.ops.aten
@@ -30,39 +31,6 @@ aten = torch.ops.aten
 
 class Unfit(Exception):
     """Why a place cannot be found in a graph."""
-
-
-@dataclass(eq=False)
-class _Side:
-    """One of the two: per module call its operators and calls in order, and all nodes of it.
-
-    at: per module call and operator in it, which of its own operators and calls that is, or is part of.
-    """
-
-    tokens: dict[ModuleCall, list[tuple[Any, ...]]]
-    at: dict[tuple[ModuleCall, fx.Node], int]
-    own: dict[ModuleCall, list[fx.Node]]
-    inside: dict[ModuleCall, list[fx.Node]]
-
-
-def _side(chains: Iterable[tuple[fx.Node, tuple[ModuleCall, ...]]]) -> _Side:
-    side = _Side({}, {}, {}, {})
-    last: dict[ModuleCall, ModuleCall | None] = {}
-    for node, chain in chains:
-        for depth, call in enumerate(chain):
-            side.inside.setdefault(call, []).append(node)
-            if not is_operator(node):
-                continue
-            said = side.tokens.setdefault(call, [])
-            child = chain[depth + 1] if depth + 1 < len(chain) else None
-            if child is None:
-                said.append(token(node))
-                side.own.setdefault(call, []).append(node)
-            elif last.get(call) != child:
-                said.append(("call", child.path))
-            last[call] = child
-            side.at[call, node] = len(said)
-    return side
 
 
 class Beside:
@@ -76,8 +44,8 @@ class Beside:
         self.seen = {hidden: seen for seen, hidden in graph.hidden.items()}
         self.nodes = list(captured.graph.nodes)
         self._chains = {n: self._chain(n) for n in self.nodes if n.op == "call_function" and not _is_border(n)}
-        self.there = _side(self._chains.items())
-        self.here = _side(graph.chains.items())
+        self.there = side_of(self._chains.items())
+        self.here = side_of(graph.chains.items())
         self.equal = {c for c in self.here.tokens if self._same_calls(c)}
         self.image: dict[fx.Node, fx.Node] = {}
         self.outer: dict[fx.Node, fx.Node] = {}
@@ -208,7 +176,7 @@ class Beside:
             self._tail(self.there, c, root) == self._tail(self.here, c, value) for c in chain[chain.index(module) :]
         )
 
-    def _tail(self, side: _Side, call: ModuleCall, node: fx.Node) -> list[tuple[Any, ...]] | None:
+    def _tail(self, side: Side, call: ModuleCall, node: fx.Node) -> list[tuple[Any, ...]] | None:
         """What a call does after an operator of it."""
         at = side.at.get((call, node))
         return None if at is None else side.tokens[call][at:]

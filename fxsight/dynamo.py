@@ -7,8 +7,6 @@ assumed of them becomes a guard of Dynamo's.
 
 from __future__ import annotations
 
-import operator
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,21 +18,13 @@ from fxsight import _torch
 from fxsight.book import Book, Ref, Structure
 from fxsight.effects import mutated_arguments, storages
 from fxsight.errors import EditError, TextError
+from fxsight.frame import Frame, frame_of, paths_of
 from fxsight.node import Binding, Origin
 from fxsight.program import Program
-from fxsight.spec import SizeSpec, TensorSpec, spec_of
+from fxsight.sides import ModuleCall, does_nothing
+from fxsight.spec import TensorSpec, spec_of
 from fxsight.targets import argument_text, check_call, target_name
 from fxsight.tree import flatten
-
-_SELF = re.compile(r"[LG]\['\w+'\]$")  # a local of the frame, or a global
-
-
-@dataclass(frozen=True)
-class ModuleCall:
-    """A call of a module in a graph: its path in the model, and how many calls of it come before in this graph."""
-
-    path: str
-    number: int
 
 
 @dataclass(frozen=True)
@@ -72,78 +62,9 @@ def read_graph(gm: fx.GraphModule, module: nn.Module) -> Graph:
     return _Reader(gm, module).graph()
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What Dynamo says of the frame that a graph is of.
-
-    modules: paths of the model's modules that the graph has operators or weights of.  own: the module whose forward
-    the frame is, where that is known.  weights: the inputs that are weights of the model, by number.
-    is_cut: whether the graph ends in a graph break.
-    """
-
-    modules: frozenset[str]
-    own: str | None
-    weights: Mapping[int, str]
-    is_cut: bool
-    calls_root: bool
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the forward of the model ends in this graph."""
-        return self.calls_root or (self.own == "" and not self.is_cut)
-
-
-def frame_of(gm: fx.GraphModule, module: nn.Module) -> Frame:
-    """The frame of a graph, with the parts of a model that are in it."""
-    names, tensors = _paths(module), {id(t): n for n, t in _tensors(module)}
-    named, selves, weights = set[str](), set[str | None](), dict[int, str]()
-    for node in gm.graph.nodes:
-        for key, (place, _) in (node.meta.get("nn_module_stack") or {}).items():
-            path = names.get(int(key.partition("@")[0]))
-            if path is not None and node.op != "placeholder":
-                named.add(path)
-                selves.add(_self_path(place, path))
-    for number, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
-        tensor, place = _torch.graph_argument(node)
-        name = tensors.get(id(tensor))
-        if name is not None and name not in weights.values():
-            weights[number] = name
-            selves.add(_self_path(place, name))
-    calls_root = "" in named
-    selves -= {None, *named}
-    own = next(iter(selves)) if len(selves) == 1 and not calls_root else None
-    return Frame(
-        frozenset(named | ({own} if own is not None else set())), own, weights, _torch.ends_in_break(gm), calls_root
-    )
-
-
-def _self_path(place: str, path: str) -> str | None:
-    """Of which module the frame's local is, when ``place`` is how Dynamo calls the module or weight at ``path``."""
-    left, right = place.split("."), path.split(".") if path else []
-    while left and right and left[-1] == right[-1]:
-        left.pop()
-        right.pop()
-    return ".".join(right) if len(left) == 1 and _SELF.match(left[0]) else None
-
-
-def _paths(module: nn.Module) -> dict[int, str]:
-    return {id(part): path for path, part in module.named_modules()}
-
-
-def first_names(module: nn.Module) -> dict[str, str]:
-    """Per further name of a parameter or buffer that has several, the first."""
-    own = {id(tensor): name for name, tensor in _tensors(module)}
-    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: own[id(tensor)] for name, tensor in every if own[id(tensor)] != name}
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return list(reversed([*module.named_parameters(), *module.named_buffers()]))
-
-
 class _Reader:
     def __init__(self, gm: fx.GraphModule, module: nn.Module) -> None:
-        self.gm, self.paths = gm, _paths(module)
+        self.gm, self.paths = gm, paths_of(module)
         self.frame = frame_of(gm, module)
         self.own = self.frame.own
         self.places = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -293,36 +214,3 @@ def located(graph: Graph, book: Book, origins: Mapping[fx.Node, Origin]) -> Prog
         if node in origins:
             node.meta["origin"] = origins[node]
     return replace(graph.program, book=replace(book, after=graph.program.book.after))
-
-
-def is_operator(node: fx.Node) -> bool:
-    """Whether a node computes values, and no size."""
-    if node.op != "call_function" or node.target is torch.ops.aten.detach.default:
-        return False
-    return isinstance(node.meta.get("spec"), (TensorSpec, tuple))
-
-
-def does_nothing(node: fx.Node) -> bool:
-    """Whether an operator returns what it is given: ``to`` the dtype that is there."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet not in (torch.ops.aten.to, torch.ops.aten.contiguous) or not isinstance(node.args[0], fx.Node):
-        return False
-    given = node.args[0].meta.get("spec")
-    return isinstance(given, TensorSpec) and given == node.meta.get("spec")
-
-
-def values_of(node: fx.Node) -> list[fx.Node]:
-    """The arguments of a node that are tensors, or several, in order."""
-    return tensors_in((node.args, node.kwargs))
-
-
-def tensors_in(given: Any) -> list[fx.Node]:
-    """The nodes in a structure that are tensors, or several, in order."""
-    found: list[fx.Node] = []
-    fx.map_arg(given, lambda n: found.append(n))
-    return [n for n in found if not isinstance(n.meta.get("spec"), SizeSpec)]
-
-
-def token(node: fx.Node) -> tuple[Any, ...]:
-    """What an operator is, beside its arguments."""
-    return ("op", target_name(node.target), *(node.args[1:] if node.target is operator.getitem else ()))

@@ -9,9 +9,10 @@ import torch
 from torch import fx, nn
 
 from fxsight.captures import Captures
-from fxsight.dynamo import Frame, Graph
+from fxsight.dynamo import Graph
 from fxsight.edits import Edits
 from fxsight.errors import EditError
+from fxsight.frame import Frame
 from fxsight.node import binding_of
 from fxsight.program import Program
 
