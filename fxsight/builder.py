@@ -22,15 +22,15 @@ from fxsight import _torch
 from fxsight.book import Book, Call, Opaque, Ref, SizeRef, Structure
 from fxsight.capture_errors import Refused
 from fxsight.clock import TAG
+from fxsight.free_sizes import FreeSizes
 from fxsight.libraries import Libraries, stack_lines
-from fxsight.node import Binding, Fixed, InputLeaf, Origin, Size
+from fxsight.node import Binding, Fixed, InputLeaf, Origin
 from fxsight.past import Count
 from fxsight.program import Program
 from fxsight.provenance import Scribe
 from fxsight.spec import TensorSpec, parse_dims, spec_of, symbol
 from fxsight.tree import Tree
 
-_SIZES = ("batch", "length", "height", "width")
 PLAIN = "write it with plain operators, or trace a submodule without it"
 
 
@@ -58,7 +58,8 @@ class Builder:
         self.inputs, self.leaves = inputs, leaves
         self.graph = fx.Graph()
         self.literals: dict[str, torch.Tensor] = {}
-        self.names: dict[Any, sympy.Symbol] = {}
+        self.free = FreeSizes(exported)
+        self.names = self.free.names
         self.storages: dict[int, str] = {}
         self.by_time: dict[int, str] = {}
         self.lines = {c.id: c.line for c in self.scribe.calls}
@@ -71,7 +72,6 @@ class Builder:
         Raises: Refused for what no program can hold.
         """
         old = self.exported.graph_module.graph
-        self._name_sizes(old)
         env: dict[fx.Node, Any] = {}
         for node, binding, name in self._placeholders(old):
             place = self.graph.placeholder(name)
@@ -91,8 +91,8 @@ class Builder:
             tuple(self._input_leaves()),
             self.scribe.returned[0],
             self.scribe.returned[1],
-            tuple(self._sizes()),
-            tuple(self._guards()),
+            tuple(self.free.sizes()),
+            tuple(self.free.guards()),
             self._book(),
             self.literals,
         )
@@ -130,56 +130,6 @@ class Builder:
         }
         for number, leaf in enumerate(self.leaves):
             yield specs[number] if number in specs else fixed(leaf)
-
-    # -- sizes -------------------------------------------------------------------------------------------------------
-
-    def _name_sizes(self, graph: fx.Graph) -> None:
-        """``batch`` and ``length`` for the first two dimensions, then the input's name and the dimension."""
-        self.names.update(self._settled_sizes())
-        inputs = {s.arg.name for s in self.exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
-        for node in graph.nodes:
-            value = node.meta.get("val") if node.name in inputs else None
-            sizes = value.shape if isinstance(value, torch.Tensor) else (value,) if value is not None else ()
-            names = _SIZES if isinstance(value, torch.Tensor) else ("seen",)
-            for dim, size in enumerate(sizes):
-                expr = _torch.size_expr(size)
-                if expr.is_Symbol and expr not in self.names:
-                    self.names[expr] = symbol(self._size_name(names[dim] if dim < len(names) else f"size_{dim}"))
-
-    def _settled_sizes(self) -> Mapping[Any, Any]:
-        """Symbols that the model's code has pinned to a number."""
-        env = self._shape_env()
-        if env is None:
-            return {}
-        pinned = {s: e for s, e in env.replacements.items() if e.is_Integer}
-        equal = [g.expr for g in env.guards if isinstance(g.expr, sympy.Eq)]
-        pinned.update({e.lhs: e.rhs for e in equal if e.lhs.is_Symbol and e.rhs.is_Integer})
-        return pinned
-
-    def _shape_env(self) -> Any:
-        tensors = (n.meta.get("val") for n in self.exported.graph.nodes)
-        return _torch.shape_env(next((t for t in tensors if isinstance(t, torch.Tensor)), None))
-
-    def _size_name(self, name: str) -> str:
-        taken = {str(s) for s in self.names.values()}
-        return name if name not in taken else next(f"{name}_{i}" for i in range(2, 1000) if f"{name}_{i}" not in taken)
-
-    def _sizes(self) -> Iterator[Size]:
-        for old, new in [(old, new) for old, new in self.names.items() if new.is_Symbol]:
-            bounds = self.exported.range_constraints.get(old)
-            low = int(bounds.lower) if bounds is not None and bounds.lower.is_finite else 0
-            finite = bounds is not None and bounds.upper.is_Integer and bounds.upper < 2**62
-            yield Size(new.name, max(low, 0), int(bounds.upper) if finite and bounds is not None else None)
-
-    def _guards(self) -> Iterator[Any]:
-        env = self._shape_env()
-        seen: set[Any] = set()
-        for guard in () if env is None else env.guards:
-            expr = guard.expr.xreplace(self.names)
-            known = all(s in self.names.values() for s in expr.free_symbols)
-            if known and expr.free_symbols and expr not in seen:
-                seen.add(expr)
-                yield expr
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
