@@ -154,25 +154,9 @@ class Invokes:
         """The place of an address in the open invoke: see ``Tracer.at``."""
         return self._now.at(address)
 
-    def cache(
-        self,
-        modules: Iterable[Any] | Any = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        detach: bool = True,
-        include_output: bool = True,
-        include_inputs: bool = False,
-    ) -> Cache:
-        """Keep what modules return in the open invoke: see ``Tracer.cache``."""
-        return self._now.cache(
-            modules,
-            device=device,
-            dtype=dtype,
-            detach=detach,
-            include_output=include_output,
-            include_inputs=include_inputs,
-        )
+    def cache(self, modules: Iterable[Any] | Any = None, **options: Any) -> Cache:
+        """Keep what modules return in the open invoke.  Arguments: of ``Tracer.cache``."""
+        return self._now.cache(modules, **options)
 
     def cond(self, condition: Any) -> AbstractContextManager[None]:
         """A block of the open invoke that counts only if the condition holds: see ``Tracer.cond``."""

@@ -211,7 +211,9 @@ class Executable:
     def _instead(self, leaves: Sequence[Any], arguments: Sequence[Any]) -> Any:
         """What computes fewer rows on these inputs, to the same bits."""
         found = None if self._fewer is None else self._fewer.instead(leaves)
-        return None if found is None or (torch.is_grad_enabled() and any(map(_learns, arguments))) else found
+        if found is None or not torch.is_grad_enabled():
+            return found
+        return None if any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments) else found
 
     def _exactly(
         self, leaves: Sequence[Any], constants: Sequence[torch.Tensor], arguments: Sequence[Any]
@@ -255,10 +257,6 @@ class Executable:
         return self.program.text
 
     __repr__ = __str__
-
-
-def _learns(argument: Any) -> bool:
-    return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
 class Weights:

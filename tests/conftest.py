@@ -6,6 +6,7 @@ pytest loads this file before it collects from any of the test paths, so it hold
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,3 +29,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def cache_dir() -> Path:
     """The fxsight cache folder of this test run; each xdist worker has its own."""
     return Path(os.environ["FXSIGHT_CACHE_DIR"])
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    """The small model of the tests of generation."""
+    from tests.generating import gpt2
+
+    return gpt2()
+
+
+@pytest.fixture(scope="module")
+def model(module: Any) -> Any:
+    """The same, to be traced."""
+    from fxsight import LanguageModel
+
+    return LanguageModel(module)

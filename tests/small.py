@@ -9,6 +9,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -51,6 +53,13 @@ def llama(**sizes: Any) -> LlamaForCausalLM:
 def mistral(**sizes: Any) -> MistralForCausalLM:
     """As ``gpt2``, with a sliding window of two tokens."""
     made: MistralForCausalLM = _made(MistralForCausalLM, MistralConfig(**{**_LLAMA, "sliding_window": 2, **sizes}))
+    return made
+
+
+def neox(**sizes: Any) -> GPTNeoXForCausalLM:
+    """As ``gpt2``."""
+    own = {name: size for name, size in _LLAMA.items() if name != "num_key_value_heads"}
+    made: GPTNeoXForCausalLM = _made(GPTNeoXForCausalLM, GPTNeoXConfig(**{**own, **sizes}))
     return made
 
 

@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from torch import Tensor
 
 from fxsight import Model
 from fxsight.errors import EditError, TraceError
 from fxsight.export_check import check_generation
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+from tests import small
 
 
 @cache
 def _model(kind: str) -> Model:
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        sizes = {"vocab_size": 97, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
-        net: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    elif kind == "llama":
-        net = LlamaForCausalLM(LlamaConfig(**_SIZES))
-    elif kind == "mistral":
-        net = MistralForCausalLM(MistralConfig(**_SIZES, num_key_value_heads=2, sliding_window=4))
-    else:
-        net = BertModel(BertConfig(**_SIZES))
-    return Model(net.eval().requires_grad_(False), cache=False)
+    window = partial(small.mistral, sliding_window=4)
+    made: dict[str, Any] = {"gpt2": small.gpt2, "llama": small.llama, "mistral": window, "bert": small.bert}
+    return Model(made[kind](), cache=False)
 
 
 def _ids(rows: int = 2, length: int = 5) -> Tensor:

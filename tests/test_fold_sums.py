@@ -10,47 +10,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from fxsight import Model
 from fxsight.errors import FoldError
+from tests import small
 
 V = torch.linspace(-1, 1, 16)
 D = nn.functional.normalize(torch.linspace(-1, 2, 16), dim=0)
-_SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 
 
 @cache
 def _model(kind: str, **options: Any) -> Model:
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        sizes = {"vocab_size": 97, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
-        net: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **options))
-    elif kind == "llama":
-        net = LlamaForCausalLM(LlamaConfig(**_SIZES, **options))
-    elif kind == "neox":
-        net = GPTNeoXForCausalLM(GPTNeoXConfig(**_SIZES, **options))
-    else:
-        net = BertModel(BertConfig(**_SIZES, **options))
+    net: nn.Module = {"gpt2": small.gpt2, "llama": small.llama, "neox": small.neox, "bert": small.bert}[kind](**options)
     for name, parameter in net.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
-    return Model(net.eval().requires_grad_(False), cache=False)
+    return Model(net, cache=False)
 
 
 def _ids(rows: int = 2, length: int = 5) -> Tensor:

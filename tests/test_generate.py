@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import LogitsProcessorList, StoppingCriteria
 
 import fxsight
@@ -18,17 +17,7 @@ from fxsight import LanguageModel
 from fxsight.ahead import SMALL
 from fxsight.errors import CausalityError, FirstCallWarning, NotSavedError, TraceError
 from fxsight.run import Executable
-from tests.generating import GREEDY, IDS, Stream, gpt2, hf, hooked, keep
-
-
-@pytest.fixture(scope="module")
-def module() -> nn.Module:
-    return gpt2()
-
-
-@pytest.fixture(scope="module")
-def model(module: nn.Module) -> LanguageModel:
-    return LanguageModel(module)
+from tests.generating import GREEDY, IDS, Stream, hf, hooked, keep
 
 
 def test_reads_of_all_steps(model: Any, module: Any) -> None:

@@ -6,25 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import LogitsProcessorList, MambaConfig, MambaForCausalLM
 
 import fxsight
 from fxsight import LanguageModel
 from fxsight.errors import NeedsValueError, NotSavedError, TraceError
 from tests import small
-from tests.generating import GREEDY, IDS, gpt2, hf, hooked, keep, t5
-
-
-@pytest.fixture(scope="module")
-def module() -> nn.Module:
-    return gpt2()
-
-
-@pytest.fixture(scope="module")
-def model(module: nn.Module) -> LanguageModel:
-    return LanguageModel(module)
-
+from tests.generating import GREEDY, IDS, hf, hooked, keep, t5
 
 WAYS: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"do_sample": True}, {"use_cache": False}]
 

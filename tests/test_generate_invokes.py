@@ -18,16 +18,6 @@ ONE, TWO = [5, 6, 7, 8], [[9, 8, 7, 6], [3, 2, 4, 1]]
 LONG = [[11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]]
 
 
-@pytest.fixture(scope="module")
-def module() -> nn.Module:
-    return gpt2()
-
-
-@pytest.fixture(scope="module")
-def model(module: nn.Module) -> LanguageModel:
-    return LanguageModel(module)
-
-
 def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """Rows of one length, padded on the left by hand."""
     length = max(map(len, rows))

@@ -6,22 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import DynamicCache
 
-from fxsight import LanguageModel
 from fxsight.errors import NeedsValueError
-from tests.generating import GREEDY, IDS, gpt2, hf, hooked, keep
-
-
-@pytest.fixture(scope="module")
-def module() -> nn.Module:
-    return gpt2()
-
-
-@pytest.fixture(scope="module")
-def model(module: nn.Module) -> LanguageModel:
-    return LanguageModel(module)
+from tests.generating import GREEDY, IDS, hf, hooked, keep
 
 
 def changed(module: Any, change: Any, **options: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:

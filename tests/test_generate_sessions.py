@@ -6,21 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from fxsight import LanguageModel
 from fxsight.errors import NotSavedError, TraceError
-from tests.generating import GREEDY, IDS, gpt2, hf, hooked, keep
-
-
-@pytest.fixture(scope="module")
-def module() -> nn.Module:
-    return gpt2()
-
-
-@pytest.fixture(scope="module")
-def model(module: nn.Module) -> LanguageModel:
-    return LanguageModel(module)
+from tests.generating import GREEDY, IDS, hf, hooked, keep
 
 
 def test_values_both_ways(model: Any, module: Any) -> None:

@@ -6,21 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from fxsight import LanguageModel
 from fxsight.errors import NotSavedError, TraceError
-from tests.generating import GREEDY, IDS, Stream, gpt2, hf, hooked, keep, t5
-
-
-@pytest.fixture(scope="module")
-def module() -> nn.Module:
-    return gpt2()
-
-
-@pytest.fixture(scope="module")
-def model(module: nn.Module) -> LanguageModel:
-    return LanguageModel(module)
+from tests.generating import GREEDY, IDS, Stream, hf, hooked, keep, t5
 
 
 def test_at_a_step(model: Any, module: Any) -> None:

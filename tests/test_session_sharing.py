@@ -237,21 +237,23 @@ def test_the_program_of_a_trace_is_there_afterwards() -> None:
 # -- what is not shared ----------------------------------------------------------------------------------------------
 
 
-def test_random_numbers_keep_their_order() -> None:
+@pytest.mark.parametrize("kind", ["traces of a session", "invokes"])
+def test_random_numbers_keep_their_order(kind: str) -> None:
     net = Deep().train().requires_grad_(False)
-    model = fxsight.Model(net, cache=False)
+    model: Any = fxsight.Model(net, cache=False)
+    is_session = kind == "traces of a session"
     torch.manual_seed(5)
-    with model.session() as session:
+    with model.session() if is_session else model.trace(mode="fast") as around:
         found = []
         for row in range(2):
-            with model.trace(x()):
+            with model.trace(x()) if is_session else around.invoke(x()):
                 model.layers[2].output[row] = 0
                 found.append(model.output.save())
     torch.manual_seed(5)
     for row, one in enumerate(found):
         with edited(net.layers[2], "output", zero(row)):
             bitwise(one, net(x()))
-    assert "2 alone" in session.explain()
+    assert "2 alone" in around.explain()
 
 
 def test_gradients_are_those_of_each_trace() -> None:

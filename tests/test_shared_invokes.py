@@ -296,23 +296,6 @@ def test_a_number_and_a_stop() -> None:
         bitwise(found[2], net(x()))
 
 
-def test_random_numbers_keep_their_order() -> None:
-    net = Deep().train().requires_grad_(False)
-    model = fxsight.Model(net, cache=False)
-    torch.manual_seed(5)
-    found = []
-    with model.trace(mode="fast") as tracer:
-        for row in range(2):
-            with tracer.invoke(x()):
-                model.layers[2].output[row] = 0
-                found.append(model.output.save())
-    torch.manual_seed(5)
-    for row, one in enumerate(found):
-        with edited(net.layers[2], "output", zero(row)):
-            bitwise(one, net(x()))
-    assert "2 alone" in tracer.explain()
-
-
 # -- gradients -------------------------------------------------------------------------------------------------------
 
 
