@@ -19,7 +19,7 @@ from fxsight.gradient import backward, gradient
 from fxsight.layout import minds_layout
 from fxsight.node import binding_of, is_tensor, tensor_spec
 from fxsight.passes.narrow_columns import NarrowColumns
-from fxsight.passes.narrow_reads import Move, NarrowReads, is_view, moves, needs_layout, row_arguments
+from fxsight.passes.narrow_reads import ROW_MAJOR, Move, NarrowReads, is_view, moves, needs_layout, row_arguments
 from fxsight.program import Program
 from fxsight.spec import SizeSpec
 
@@ -28,7 +28,8 @@ Known = dict[Any, bool]
 ROWS = (1, 2, 4, 8, 16)
 COLUMNS = (1, 4, 8, 16, 32)
 _DRAWS = 16  # of columns whose numbers a tensor says
-_BLOCK = 64  # columns so many apart are computed alike
+_BLOCK = 64  # columns so many apart are computed alike, but where a thread's part ends
+_HERE = 8  # results that are compared at least of the columns themselves
 _SUMS, _ROWS, _NUMBERS = 256, 32, 1024  # results that are compared at least: matrix products; norms; pointwise
 
 
@@ -44,17 +45,21 @@ def narrow_exactly(program: Program, sizes: Sizes, weight: Callable[[str], Any],
     return narrowed_by(program, sizes, weight, known)[1]
 
 
-def narrowed_by(program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> tuple[Passes, Program]:
-    """The same, and the passes that have made it; None for one that has left nothing out."""
-    asked = narrowing(program, sizes, weight, known)
+def narrowed_by(
+    program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known, but: tuple[str, ...] = ()
+) -> tuple[Passes, Program]:
+    """The same, and the passes that have made it; None for one that has left nothing out.  but: nodes that stay."""
+    asked = narrowing(program, sizes, weight, known, but)
     narrowed = program if asked is None else asked(program)
-    columns = narrowing_columns(narrowed, sizes, weight, known)
+    columns = narrowing_columns(narrowed, sizes, weight, known, but)
     if columns is not None:
         narrowed = columns.apply(narrowed, copies=narrowed is program).program
     return (asked, columns), narrowed
 
 
-def narrowing(program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> NarrowReads | None:
+def narrowing(
+    program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known, but: tuple[str, ...] = ()
+) -> NarrowReads | None:
     """The pass that does so; None where nothing is left to narrow. Where gradients flow, they have the same bits, too.
 
     With the fewest rows for which all do (matrix products of few rows have kernels of their own); where there are none,
@@ -62,7 +67,7 @@ def narrowing(program: Program, sizes: Sizes, weight: Callable[[str], Any], know
     there it is the readers who must not mind how rows lie (``minds_layout``).
     """
     is_joint = any(n.target is backward for n in program.graph.nodes)
-    asked = NarrowReads(1, added_up(program.graph), layout=not is_joint)
+    asked = NarrowReads(1, (*added_up(program.graph), *but), layout=not is_joint)
     found = moves(program.graph, asked)
     while is_joint and (bad := tuple(m.node for m in found if minds_layout(program.nodes[m.node], found))):
         asked = replace(asked, but=asked.but + bad)
@@ -81,21 +86,20 @@ def narrowing(program: Program, sizes: Sizes, weight: Callable[[str], Any], know
 
 
 def narrowing_columns(
-    program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known
+    program: Program, sizes: Sizes, weight: Callable[[str], Any], known: Known, but: tuple[str, ...] = ()
 ) -> NarrowColumns | None:
     """``NarrowColumns`` with the fewest columns for which the bits are the same; None where nothing is left.
 
     Without the layers for which no number of columns will do.
     """
-    left, best = list(narrowable(program.graph)), 1
-    but: tuple[str, ...] = ()
+    left, best = [layer for layer in narrowable(program.graph) if layer[0].name not in but], 1
     for node, readings in left:
         pieces = list(dict.fromkeys(piece for reading in readings for piece in reading.pieces))
         fitting = (n for n in COLUMNS if same_columns(node, pieces, n, sizes, weight, known))
         found = next(fitting, 0)
         but += () if found else (node.name,)
         best = max(best, found)
-    return NarrowColumns(best, but, layout=True) if len(but) < len(left) else None
+    return NarrowColumns(best, but, layout=True) if any(node.name not in but for node, _ in left) else None
 
 
 def same_columns(
@@ -115,11 +119,12 @@ def _try_columns(
     width = tensor_spec(node).numbers[-1]
     if SHARE * least > width:
         return False
-    compared, number = 0, 0
+    compared, number, wholes = 0, 0, 0
     draws = _DRAWS if any(isinstance(piece, fx.Node) for piece in pieces) else 1
     alike = _alike(pieces, width) * draws
     with torch.no_grad():
         while compared < _SUMS or number < draws:
+            wholes += 1
             generator = torch.Generator().manual_seed(number)
             values = {a: _value(a, sizes, weight, generator) for a in node.all_input_nodes}
             whole = _call(node, values)
@@ -129,8 +134,9 @@ def _try_columns(
                 few = {a: v[wanted] if a in node.args[1:] else v for a, v in values.items()}
                 if not torch.equal(_call(node, few), whole[..., wanted]):
                     return False
-                compared, number = compared + max(whole.numel() // width, 1) * len(set(columns)), number + 1
-                if compared >= _SUMS and number >= draws:
+                results = max(whole.numel() // width, 1) * len(set(columns))
+                compared, number = compared + results, number + 1
+                if number >= draws and compared >= _SUMS * wholes // -(-_HERE // results):
                     break
     return True
 
@@ -157,6 +163,19 @@ def _drawn(piece: Piece, width: int, draw: int, generator: torch.Generator, shif
         return range(number) if draw else range(width - number, width)
     found: list[int] = torch.randint(width, (number,), generator=generator).tolist()
     return found
+
+
+def of_one_size(program: Program) -> tuple[str, ...]:
+    """Operators of whose shapes nothing is known at other sizes than those of the body: what it makes has numbers."""
+    return tuple(
+        node.name
+        for node in program.graph.nodes
+        if node.op == "call_function" and any(map(_is_of_body, (node, *node.all_input_nodes)))
+    )
+
+
+def _is_of_body(node: fx.Node) -> bool:
+    return node.op == "call_function" and bool(node.meta["origin"].user)
 
 
 def is_exact(program: Program, asked: NarrowReads, sizes: Sizes, weight: Callable[[str], Any], known: Known) -> bool:
@@ -255,7 +274,7 @@ def _try(
         values = {a: _value(a, sizes, weight, generator) for a in node.all_input_nodes}
         parts = {a: _rows_of(v, move.dim - rank + v.ndim, move) if a in rows else v for a, v in values.items()}
         if needs_layout(node):
-            parts = {a: v.contiguous() if a in rows else v for a, v in parts.items()}
+            parts = {a: v.clone(**ROW_MAJOR) if a in rows else v for a, v in parts.items()}
         if flows:
             leaves = [a for a in rows if values[a].dtype.is_floating_point]
             pairs = list(_with_gradients(node, move, values, parts, leaves, draw))

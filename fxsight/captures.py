@@ -264,8 +264,8 @@ class Captures:
                 narrow = LESS if backend == "inductor" else None
                 finished = pipeline_for(wanted, joint=joint, narrow=narrow)(program)
                 if backend == "auto":
-                    return self._automatic(program, finished, wanted, constants)
-                fewer = self._fewer(finished, wanted) if backend == "eager" else None
+                    return self._automatic(program, finished, wanted, constants, sizes)
+                fewer = self._fewer(finished, wanted, sizes) if backend == "eager" else None
                 return self._executable(finished, wanted, constants, backend, fewer=fewer)
 
             def make(wanted: Intervention) -> Executable:
@@ -280,7 +280,12 @@ class Captures:
         return found
 
     def _automatic(
-        self, program: Program, finished: Program, asked: Intervention, constants: Sequence[torch.Tensor]
+        self,
+        program: Program,
+        finished: Program,
+        asked: Intervention,
+        constants: Sequence[torch.Tensor],
+        sizes: Mapping[str, int],
     ) -> Executable:
         """What runs op by op, and compiled when that pays."""
         auto = Auto(
@@ -290,7 +295,9 @@ class Captures:
             self.workers,
             lambda: pipeline_for(asked, narrow=LESS)(program),
         )
-        return self._executable(finished, asked, constants, "auto", fewer=self._fewer(finished, asked), auto=auto)
+        return self._executable(
+            finished, asked, constants, "auto", fewer=self._fewer(finished, asked, sizes), auto=auto
+        )
 
     def _with_gradients(
         self, program: Program, asked: Intervention, constants: Sequence[torch.Tensor], joint: JointGradient
@@ -306,10 +313,10 @@ class Captures:
         if narrow is None:
             return whole(joint.sizes)
         finished = pipeline_for(asked, joint=joint, narrow=narrow)(program)
-        narrowed = Narrowed(woven, narrow, partial(bind_sizes, program), self.weight, whole, self._tried)
+        narrowed = Narrowed(woven, narrow, joint.sizes, partial(bind_sizes, program), self.weight, whole, self._tried)
         return self._executable(finished, asked, constants, "eager", narrowed=narrowed)
 
-    def _fewer(self, finished: Program, asked: Intervention) -> Fewer | None:
+    def _fewer(self, finished: Program, asked: Intervention, sizes: Mapping[str, int]) -> Fewer | None:
         """How a finished program without gradients computes what is read op by op, from its second run on."""
         if not self.shared.narrow:
             return None
@@ -317,7 +324,7 @@ class Captures:
         def make(program: Program) -> Executable:
             return self._executable(program, asked, [], "eager")
 
-        return Fewer(finished, partial(bind_sizes, finished), self.weight, make, self._tried)
+        return Fewer(finished, sizes, partial(bind_sizes, finished), self.weight, make, self._tried)
 
     def _executable(
         self,

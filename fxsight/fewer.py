@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsight.bits import Known, Passes, Sizes, narrowed_by
+from fxsight.bits import Known, Passes, Sizes, narrowed_by, of_one_size
 from fxsight.columns import count, narrowable
 from fxsight.node import is_tensor, tensor_spec
 from fxsight.passes.narrow_reads import Move, NarrowReads, moves
@@ -27,18 +27,20 @@ LEAST = 50_000_000  # multiply-adds that are left out at least: a millisecond or
 class Fewer:
     """What is known of one such program.
 
-    program: finished, without gradients.  sizes_of: of the leaves of a call.  weight: a parameter or buffer by name.
-    make: what runs, of a program.  known: what has been tried; filled.
+    program: finished, without gradients.  sizes: at which it was made.  sizes_of: of the leaves of a call.
+    weight: a parameter or buffer by name.  make: what runs, of a program.  known: what has been tried; filled.
     """
 
     def __init__(
         self,
         program: Program,
+        sizes: Sizes,
         sizes_of: Callable[[Sequence[Any]], Sizes],
         weight: Callable[[str], Any],
         make: Callable[[Program], Any],
         known: Known,
     ) -> None:
+        self._sizes = dict(sizes)
         self._program, self._sizes_of, self._weight, self._make, self._known = program, sizes_of, weight, make, known
         self._runs: dict[Any, Any] = {}  # by sizes; None where all rows are computed
         self._seen: set[Any] = set()  # sizes
@@ -71,7 +73,8 @@ class Fewer:
             return None
         if rows + sum(self._columns_left_out(*layer, sizes) for layer in self._columns) < LEAST:
             return None
-        passes, narrowed = narrowed_by(self._program, sizes, self._weight, self._known)
+        but = () if sizes == self._sizes else of_one_size(self._program)
+        passes, narrowed = narrowed_by(self._program, sizes, self._weight, self._known, but)
         if narrowed is self._program:
             return None
         if passes not in self._made:

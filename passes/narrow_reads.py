@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -21,6 +22,8 @@ from fxsight.spread import spread
 
 aten = torch.ops.aten
 _alias = aten.alias.default
+# ``contiguous`` would leave one row of a batch of one where it is, with strides by which kernels are chosen.
+ROW_MAJOR: Mapping[str, Any] = MappingProxyType({"memory_format": torch.contiguous_format})
 END = 2**63 - 1  # what torch.export writes for an open end of a slice
 _POINTWISE = frozenset(
     getattr(aten, name)
@@ -66,7 +69,7 @@ class NarrowReads(Pass):
         narrow_1 = aten.slice.Tensor(x, 1, -1, END)                   # f32[batch, 1, 8]
         norm = aten.layer_norm.default(narrow_1, [8])                 # f32[batch, 1, 8]
         narrow = aten.slice.Tensor(norm, 1, -1, END)                  # f32[batch, 1, 8]
-        rows = aten.contiguous.default(narrow)                        # f32[batch, 1, 8]
+        rows = aten.clone.default(narrow, memory_format=torch.contiguous_format)  # f32[batch, 1, 8]
         logits = aten.linear.default(rows, weight)                    # f32[batch, 1, 96]
         last = torch.Tensor.__getitem__(logits, (slice(None), -1))    # f32[batch, 96]
 
@@ -249,7 +252,8 @@ def _narrow(editor: Editor, node: fx.Node, move: Move) -> None:
         part = editor.call(aten.slice.Tensor, args, spec=made, name="narrow", like=node, before=node)
         if needs_layout(node):
             made = replace(made, stride=contiguous_stride(made.shape))
-            part = editor.call(aten.contiguous.default, (part,), spec=made, name="rows", like=node, before=node)
+            part = editor.call(aten.clone.default, (part,), ROW_MAJOR, spec=made, name="rows", like=node, before=node)
+            part.meta["spec"] = replace(made, storage=part.name)
         editor.replace(source, part, [node])
     shape = (*spec.shape[: move.dim], kept, *spec.shape[move.dim + 1 :])
     node.meta["spec"] = replace(spec, shape=shape, stride=contiguous_stride(shape))

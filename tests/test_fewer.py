@@ -104,6 +104,27 @@ def test_edits_and_saves_beside_it(net: Any) -> None:
     assert _runs(tracer)
 
 
+@pytest.mark.parametrize("place", ["transformer.h.1.mlp", "transformer.ln_f"])
+def test_what_a_body_makes_is_of_other_sizes_at_other_sizes(net: Any, place: str) -> None:
+    """Its shapes are known for the sizes alone at which the program was made; nothing is tried with them at others."""
+    model = fxsight.Model(net, cache=False)
+    once = torch.tensor([[7, 8, 9, 10]])
+    module = net.get_submodule(place)
+    for ids in (IDS, IDS, IDS, OTHER, OTHER, once, once, once, IDS):
+        with model.trace(ids) as tracer:
+            tracer.at(place).output = model.transformer.h[0].mlp.output.tanh()
+            last = model.lm_head.output[:, -1, 5].save()
+        kept: list[Tensor] = []
+        handles = [
+            net.transformer.h[0].mlp.register_forward_hook(lambda m, a, output, kept=kept: kept.append(output.tanh())),
+            module.register_forward_hook(lambda m, a, output, kept=kept: kept[0]),
+        ]
+        expected = net(ids).logits[:, -1, 5]
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(last, expected)
+
+
 def test_what_may_learn_has_all_rows(net: Any) -> None:
     model = fxsight.Model(net, cache=False)
     for _ in range(3):

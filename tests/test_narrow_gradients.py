@@ -62,6 +62,31 @@ def test_the_unembedding_of_the_last_position_alone() -> None:
     assert torch.equal(again, _hooked(net, IDS)[0])
 
 
+def test_what_a_body_makes_at_other_sizes() -> None:
+    """Its shapes are known at its own sizes alone: at others the whole runs."""
+    net = _net()
+    model = fxsight.Model(net, cache=False)
+    for ids in (IDS, OTHER, OTHER[:1, :4], IDS):
+        with model.trace(ids):
+            hidden = model.transformer.h[0].mlp.output
+            model.transformer.ln_f.output = hidden.tanh()
+            model.output.logits[:, -1, 5].sum().backward()
+            found = hidden.grad.save()
+        kept: list[Tensor] = []
+
+        def keep(_module: Any, _args: Any, output: Tensor, kept: list[Tensor] = kept) -> None:
+            kept.append(output.requires_grad_())
+
+        handles = [
+            net.transformer.h[0].mlp.register_forward_hook(keep),
+            net.transformer.ln_f.register_forward_hook(lambda m, a, output, kept=kept: kept[0].tanh()),
+        ]
+        loss = net(ids).logits[:, -1, 5].sum()
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(found, torch.autograd.grad(loss, kept)[0])
+
+
 def test_elsewhere_the_whole_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     net = _net()
     model = fxsight.Model(net, cache=False)

@@ -31,7 +31,7 @@ def test_the_last_row_is_taken_first() -> None:
         "narrow_1 = aten.slice.Tensor(norm, 1, -1, 9223372036854775807)",
         "half = aten.mul.Tensor(narrow_1, 0.5)",
         "narrow = aten.slice.Tensor(half, 1, -1, 9223372036854775807)",
-        "rows = aten.contiguous.default(narrow)",
+        "rows = aten.clone.default(narrow, memory_format=torch.contiguous_format)",
         "logits = aten.linear.default(rows, w)",
         "last = torch.Tensor.__getitem__(logits, (slice(None, None, None), -1, 3))",
         "other = torch.Tensor.__getitem__(logits, (slice(None, None, None), -1, slice(2, 5, None)))",
