@@ -160,14 +160,15 @@ def compile_seconds(net: Any, *inputs: Any) -> float:
     return time.process_time() - start
 
 
-def compiled(net: Any, call: Callable[[Any], Any]) -> Job:
-    """The bare module under ``torch.compile``, as a job that returns nothing."""
+def compiled(net: Any, call: Callable[[Any], Any], times: int = 1) -> Job:
+    """The bare module under ``torch.compile``, called so often, as a job that returns nothing and keeps nothing."""
     import torch
 
     fast = torch.compile(net)
 
     def job() -> list[torch.Tensor]:
-        call(fast)
+        for _ in range(times):
+            call(fast)
         return []
 
     return job

@@ -281,7 +281,7 @@ def _case(name: str, make: Make, options: Options) -> Iterator[Case]:
     made: dict[str, float] = {}
     if options.compiled:
         made[COMPILED] = compile_seconds(net, task.corrupted)
-        jobs[COMPILED] = compiled(net, lambda fast: [fast(task.corrupted) for _ in range(count_of(title))])
+        jobs[COMPILED] = compiled(net, lambda fast: fast(task.corrupted), count_of(title))
     close = CLOSE | {SWEEP, PLAN} if opened else CLOSE
     yield Case(title, jobs, remote, HOOKS, close, rounds, 1, made=made)
 
