@@ -5,7 +5,7 @@ The walk asks for them when a body goes no known way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,9 @@ from fxsight.context import here
 from fxsight.edit import Edit, replay
 from fxsight.errors import NotExecuted, TraceError, UnknownAddress
 from fxsight.first_row import warn_of_row
+from fxsight.looked import sizes_text
 from fxsight.place import Location, Place
+from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.rows import overlap
 from fxsight.running import Running
@@ -128,6 +130,30 @@ class Statements(Running):
         self._captured = opened
         if self._recorder is not None:
             self._recorder.move(self._places)
+
+    def _go_on(self, recorder: Recorder, program: Program, sizes: Mapping[str, int]) -> None:
+        """What has been said, said of another program of the model at other sizes."""
+        before, self._captured, self._base, self._sizes = self._captured, program, program, sizes
+        recorder.move(self._places, sizes)
+        if program is not before:
+            recorder.locations.relocate(self._relocated)
+
+    def _resize(self, recorder: Recorder, program: Program, sizes: Mapping[str, int], whose: str = "") -> None:
+        """More rows, perhaps longer ones: the same statements at their sizes.  whose: for messages.
+
+        Raises: TraceError where the body has looked at a shape that is another now.
+        """
+        looked = recorder.looked_at()
+        self._known.clear()
+        self._go_on(recorder, program, sizes)
+        recorder.resize()
+        for (line, then), (_, now) in zip(looked, recorder.looked_at(), strict=True):
+            if then != now:
+                raise TraceError(
+                    f"{line}: the body has looked at a shape{whose}, {sizes_text(then)}, which is {sizes_text(now)} "
+                    "with the rows of this invoke; write the invoke of the longest prompt first, or look at one "
+                    "dimension alone: h.size(-1)"
+                )
 
     def _relocated(self, location: Location) -> Location:
         port = location.address.port

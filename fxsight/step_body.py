@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,7 @@ from fxsight.errors import CausalityError, FirstCallWarning, NeedsValueError, No
 from fxsight.inputs import PLAIN
 from fxsight.invoke import Batch
 from fxsight.lines import user_line
-from fxsight.node import origin_of
 from fxsight.place import Location
-from fxsight.program import Program
 from fxsight.record import Recorder
 from fxsight.rehearsal import Known
 from fxsight.rows import Rows
@@ -221,19 +219,8 @@ class StepBody(Tracer):
         that has another shape now.
         """
         self._step, self._returned = known, known.returned
-        self._known.clear()
         recorder = self.recorder
-        looked = recorder.body.shapes
-        before = {node: _sizes(node, dims) for node, dims in looked.items()}
-        self._go_on(recorder, known.program, known.sizes)
-        recorder.resize()
-        for node, dims in looked.items():
-            if _sizes(node, dims) != before[node]:
-                raise TraceError(
-                    f"{origin_of(node).user}: the body has looked at a shape of {self.title}, {before[node]}, "
-                    f"which is {_sizes(node, dims)} with the prompts of this invoke; write the invoke of the longest "
-                    "prompt first, or look at one dimension alone, h.size(-1)"
-                )
+        self._resize(recorder, known.program, known.sizes, f" of {self.title}")
         for value, (_, spec) in zip(recorder.body.constants, recorder.body.constant_specs(), strict=True):
             now = value.cell.node.meta["spec"].shape if isinstance(value, Value) else spec.shape
             if tuple(now) != tuple(spec.shape) and isinstance(value, Value):
@@ -242,17 +229,6 @@ class StepBody(Tracer):
                     f"invoke its shape is {list(now)}, not {list(spec.shape)}; write the invoke of the longest prompt "
                     "first"
                 )
-
-    def _go_on(self, recorder: Recorder, program: Program, sizes: Mapping[str, int]) -> None:
-        before, self._captured, self._base, self._sizes = self._captured, program, program, sizes
-        recorder.move(self._places, sizes)
-        if program is not before:
-            recorder.locations.relocate(self._relocated)
-
-
-def _sizes(node: fx.Node, dims: Collection[int]) -> list[Any]:
-    """The sizes of some dimensions of a value."""
-    return [node.meta["spec"].shape[dim] for dim in sorted(dims)]
 
 
 def undetached(node: fx.Node) -> list[fx.Node]:

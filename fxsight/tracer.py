@@ -29,7 +29,6 @@ from fxsight.inputs import check_inputs
 from fxsight.invoke import Invoker
 from fxsight.keep import Asked, Keeper, paths_of
 from fxsight.lines import user_line
-from fxsight.looked import sizes_text
 from fxsight.record import Recorder
 from fxsight.statements import is_inside
 from fxsight.value import values_in
@@ -169,23 +168,9 @@ class Tracer(Block):
 
         Raises: TraceError where the body has looked at a shape that longer rows change.
         """
-        looked = recorder.looked_at()
-        captured, self._sizes = self.captures.find(*self._batch.joined)
+        captured, sizes = self.captures.find(*self._batch.joined)
         self._inputs.check(captured, self._batch.joined)
-        self._known.clear()
-        before = self._captured
-        self._captured = self._base = captured
-        recorder.move(self._places, self._sizes)
-        if captured is not before:
-            recorder.locations.relocate(self._relocated)
-        recorder.resize()
-        for (line, then), (_, now) in zip(looked, recorder.looked_at(), strict=True):
-            if then != now:
-                raise TraceError(
-                    f"{line}: the body has looked at a shape, {sizes_text(then)}, which is {sizes_text(now)} with the "
-                    "rows of this invoke; write the invoke of the longest prompt first, or look at one dimension "
-                    "alone: h.size(-1)"
-                )
+        self._resize(recorder, captured, sizes)
 
     # -- what views ask ----------------------------------------------------------------------------------------------
 
