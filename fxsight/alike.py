@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fxsight.bits import Known, narrow_exactly
+from fxsight.bits import narrow_exactly
 from fxsight.captures import Captures
 from fxsight.errors import CausalityError, TraceError
 from fxsight.intervention import Intervention
@@ -81,10 +81,9 @@ def alike(captures: Captures, cells: Mapping[int, Written], mode: str) -> list[A
 
     Raises: what weaving raises.
     """
-    tried: Known = {}
     kinds = [{n: cells[n] for n in numbers} for numbers in kinds_of(cells)]
     staged = _staged(captures, [next(iter(members.values())) for members in kinds])
-    return [_alike(captures, members, staged, tried, mode) for members in kinds]
+    return [_alike(captures, members, staged, mode) for members in kinds]
 
 
 def _staged(captures: Captures, cells: Sequence[Written]) -> Mapping[int, Staging]:
@@ -94,9 +93,7 @@ def _staged(captures: Captures, cells: Sequence[Written]) -> Mapping[int, Stagin
     return {key: Staging(some[0].captured, [cell.asked for cell in some], stages) for key, some in found.items()}
 
 
-def _alike(
-    captures: Captures, members: Mapping[int, Written], staged: Mapping[int, Staging], tried: Known, mode: str
-) -> Alike:
+def _alike(captures: Captures, members: Mapping[int, Written], staged: Mapping[int, Staging], mode: str) -> Alike:
     cells = list(members.values())
     captured, sizes = cells[0].captured, cells[0].sizes
     which = varying([cell.outline for cell in cells])
@@ -115,7 +112,7 @@ def _alike(
         if found is not None:
             return Alike(whole, program, tuple(members), constants, sizes, found)
     narrows = captures.shared.narrow and lie_as_captured(captured, cells[0].leaves, sizes)
-    program = narrow_exactly(whole, sizes, captures.weight, tried) if narrows else whole
+    program = narrow_exactly(whole, sizes, captures.weight, captures.tried) if narrows else whole
     return Alike(whole, program, tuple(members), constants, sizes)
 
 

@@ -109,7 +109,7 @@ class Captures:
         self._programs: dict[Any, list[Program]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._served = Served(KEPT)
-        self._tried: Known = {}
+        self.tried: Known = {}  # operators on fewer rows and columns: whether the bits are the same
         self._places: dict[int, Places] = {}
         self._watch: Watch | None = None
         self._found: dict[Any, Found] = {}
@@ -309,11 +309,11 @@ class Captures:
             return self._executable(finished, asked, constants, "eager")
 
         woven = woven_pass(asked)(program)
-        narrow = narrowing(woven, joint.sizes, self.weight, self._tried) if self.shared.narrow else None
+        narrow = narrowing(woven, joint.sizes, self.weight, self.tried) if self.shared.narrow else None
         if narrow is None:
             return whole(joint.sizes)
         finished = pipeline_for(asked, joint=joint, narrow=narrow)(program)
-        narrowed = Narrowed(woven, narrow, joint.sizes, partial(bind_sizes, program), self.weight, whole, self._tried)
+        narrowed = Narrowed(woven, narrow, joint.sizes, partial(bind_sizes, program), self.weight, whole, self.tried)
         return self._executable(finished, asked, constants, "eager", narrowed=narrowed)
 
     def _fewer(self, finished: Program, asked: Intervention, sizes: Mapping[str, int]) -> Fewer | None:
@@ -324,7 +324,7 @@ class Captures:
         def make(program: Program) -> Executable:
             return self._executable(program, asked, [], "eager")
 
-        return Fewer(finished, sizes, partial(bind_sizes, finished), self.weight, make, self._tried)
+        return Fewer(finished, sizes, partial(bind_sizes, finished), self.weight, make, self.tried)
 
     def _executable(
         self,

@@ -144,18 +144,19 @@ def number(dim: Any, sizes: Mapping[str, int]) -> int:
 
 
 def _plain_number(dim: Any, sizes: Mapping[str, int]) -> int | None:
-    """That of a size, and of sums and products of sizes and integers, without asking sympy; None for all else."""
+    """That of sizes and integers, their sums, products and smallest, without asking sympy; None for all else."""
     if dim.is_Symbol:
         return sizes.get(dim.name)
     if dim.is_Integer:
         return int(dim)
-    if not (dim.is_Add or dim.is_Mul):
+    is_least = isinstance(dim, sympy.Min)
+    if not (dim.is_Add or dim.is_Mul or is_least):
         return None
     parts = [_plain_number(part, sizes) for part in dim.args]
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None
-    return sum(known) if dim.is_Add else math.prod(known)
+    return min(known) if is_least else sum(known) if dim.is_Add else math.prod(known)
 
 
 def spec_of(value: Any, names: Mapping[Any, sympy.Symbol], storages: dict[int, str], node: str) -> Spec:

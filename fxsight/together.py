@@ -110,12 +110,15 @@ class Together:
             for node in (step.node, *step.node.all_input_nodes):
                 last.update(dict.fromkeys(storages(node), at))
         held, most, made = 0, 0, dict[str, int]()
+        ends: list[list[str]] = [[] for _ in self.stride.late]
+        for storage, at in last.items():
+            ends[at].append(storage)
         for at, step in enumerate(self.stride.late):
             for storage in storages(step.node) - made.keys():
                 made[storage] = self._bytes(step)
                 held += made[storage]
             most = max(most, held)
-            held -= sum(size for storage, size in made.items() if last[storage] == at)
+            held -= sum(made.get(storage, 0) for storage in ends[at])
         return most
 
     def _bytes(self, step: Step) -> int:

@@ -229,16 +229,18 @@ def needs_layout(node: fx.Node) -> bool:
 
 def _kept(size: Dim, move: Move) -> Dim:
     """How many rows are left."""
-    there = move.index + 1 if move.index >= 0 else size + move.index + 1
-    if isinstance(there, int):
-        return min(there, move.rows)
-    return 1 if move.rows == 1 else _least(there, move.rows)
+    if isinstance(size, int):
+        return min(move.index + 1 if move.index >= 0 else size + move.index + 1, move.rows)
+    kept: Dim = _least(size, move.index, move.rows)
+    return kept
 
 
 @cache
-def _least(size: Any, rows: int) -> Any:
-    """The smaller of both; sympy takes milliseconds to say it."""
-    return sympy.Min(size, rows)
+def _least(size: Any, index: int, rows: int) -> Any:
+    """So many rows, or as many as there are up to one of them; sympy takes milliseconds to say it."""
+    if index >= 0:
+        return min(index + 1, rows)
+    return 1 if rows == 1 else sympy.Min(size + index + 1, rows)
 
 
 def _narrow(editor: Editor, node: fx.Node, move: Move) -> None:

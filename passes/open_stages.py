@@ -29,7 +29,7 @@ class OpenStages(Pass):
         logits = aten.linear.default(norm, weight)                     # f32[batch, length, 96]
         last = torch.Tensor.__getitem__(logits, (slice(None), -1))     # f32[batch, 96]
 
-    everywhere: also where all is read.  varies: also where a result depends on one of these constants of the user's.
+    everywhere: where all is read, too.  varies: instead, where a result depends on one of these constants of the body.
 
     Safe: a stage is nothing but these operators in this order.
     """
@@ -43,7 +43,7 @@ class OpenStages(Pass):
         depends = dependence(editor.graph, self.varies) if self.varies else {}
         for stage in [node for node in editor.calls() if isinstance(node.target, Stage) and depends.get(node)]:
             _open(editor, stage)
-        while stages := list(self._wanted(editor)):
+        while not self.varies and (stages := list(self._wanted(editor))):
             for stage in stages:
                 _open(editor, stage)
 
