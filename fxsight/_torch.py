@@ -286,6 +286,8 @@ def plain_code(compiled: Any) -> tuple[str, dict[str, str]] | None:
     try:
         from torch._inductor.codecache import PyCodeCache
 
+        if _unwritable(compiled):
+            return None
         entry = compiled.inner_fn.compiled_fn.serialize()
         told, inner = entry.runtime_metadata, entry.compiled_fw.result
         is_plain = (
@@ -305,6 +307,11 @@ def plain_code(compiled: Any) -> tuple[str, dict[str, str]] | None:
         return inner.source_code, {name: str(kernel.__self__.__file__) for name, kernel in found.items()}
     except (AttributeError, ImportError, StopIteration):
         return None
+
+
+def _unwritable(compiled: Any) -> bool:
+    """Whether torch keeps nothing of a compiled graph that can be written: its cache refuses an operator in it."""
+    return getattr(getattr(compiled.inner_fn, "compiled_fn", None), "serialize", 0) is None
 
 
 def load_kernel(name: str, path: str) -> Callable[..., Any]:
@@ -354,6 +361,8 @@ def save_compiled(compiled: Any, path: str) -> None:
 
     Raises: RuntimeError, AttributeError where it cannot be written.
     """
+    if hasattr(compiled, "inner_fn") and _unwritable(compiled):
+        raise RuntimeError("torch keeps nothing of this graph that can be written")
     compiled.save(path=path, format="binary")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,22 @@ def test_what_needs_more_than_its_function_stays_whole(case: str, tmp_path: Path
 
 def test_another_function_has_no_parts() -> None:
     assert take_apart(lambda *args: args) is None
+
+
+def test_what_torch_does_not_keep_is_compiled_and_not_written(tmp_path: Path) -> None:
+    """Of a graph with an operator that its cache refuses, torch has nothing to write."""
+    kept = Artifacts(tmp_path, lambda graph, example: _Unwritable(graph))
+    assert torch.equal(kept.of(region(PLAIN)).call(3, X, W)[-1], EXPECTED)
+    assert kept.made == 1 and not list(tmp_path.glob("*.region"))
+
+
+class _Unwritable:
+    def __init__(self, graph: Any) -> None:
+        self.inner_fn = SimpleNamespace(compiled_fn=SimpleNamespace(serialize=None))
+        self.graph = graph
+
+    def __call__(self, *args: Any) -> Any:
+        return self.graph(*args)
 
 
 CALL = "class Runner:\n    def call(self, args):\n        x, = args\n        return ({}, )\n"
