@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsight import _dynamo
+from fxsight import _torch
 from fxsight.address import Address
 from fxsight.asked import asked_so_far
 from fxsight.beside import Beside, Unfit
@@ -48,7 +48,7 @@ def backend(gm: fx.GraphModule, example_inputs: list[Any], **settings: Any) -> C
     try:
         options = dict(settings.get("options") or {})
         edited, inner = _edited(options.pop("edits", None)), options.pop("inner", "inductor")
-        compiler = _dynamo.inner_backend(inner, settings.get("mode"), options)
+        compiler = _torch.inner_backend(inner, settings.get("mode"), options)
         return _Weaver(edited, gm).compiled(example_inputs, compiler)
     except FxsightError as error:
         return partial(_refuse, type(error), str(error))
@@ -92,7 +92,7 @@ class _Weaver:
         if not self.frame.modules:
             made: Compiler = compiler(self.gm, inputs)
             return made
-        if self.edits and _dynamo.is_last_recompile():
+        if self.edits and _torch.is_last_recompile():
             raise EditError(
                 "Dynamo has compiled this code as often as it may, and would run it without edits from the next time "
                 "on; compile with dynamic=True, or raise torch._dynamo.config.recompile_limit"
@@ -112,7 +112,7 @@ class _Weaver:
         self._guard(graph, asked)
         plain, extras = plain_graph(graph, program, self._sources(constants))
         run = self._run(None, extras)
-        given = [*inputs, *(_dynamo.fake_input(graph.values, tensor) for tensor in run.further())]
+        given = [*inputs, *(_torch.fake_input(graph.values, tensor) for tensor in run.further())]
         run.compiled = compiler(plain, given)
         self.edits.placed.update(edit.asked for edit in found.here)
         return run
@@ -175,7 +175,7 @@ class _Weaver:
                 f"  {self._end()}"
             )
         for address in edit.used:
-            if _dynamo.is_disabled(self.captures.module, address.module):
+            if _torch.is_disabled(self.captures.module, address.module):
                 raise EditError(
                     f"{edit.title} falls in no graph of Dynamo's: {address.module} is kept from it by "
                     f"torch.compiler.disable; {_INSTEAD}"
@@ -196,7 +196,7 @@ class _Weaver:
                 "the edits were loaded, and the model was never captured: give it one forward with example inputs "
                 "before torch.compile: edited.scan(x), or call edited(x)"
             )
-        with _dynamo.outside_dynamo():
+        with _torch.outside_dynamo():
             args, kwargs = latest.inputs.build([_example(x, self.captures.latest_sizes) for x in latest.input_leaves])
             return self.captures.find(args, kwargs)[0]
 
@@ -207,7 +207,7 @@ class _Weaver:
         captures.reader = self.captures.reader
         captures.latest, captures.latest_sizes = beside.program(), dict(graph.sizes)
         try:
-            with _dynamo.outside_dynamo():
+            with _torch.outside_dynamo():
                 trace = _GraphTrace(captures, None, "eager", edits=edits)
                 asked = trace.said()
                 return pipeline_for(asked)(trace.base), asked, trace.constants

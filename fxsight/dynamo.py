@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxsight import _dynamo, _torch
+from fxsight import _torch
 from fxsight.book import Book, Ref, Structure
 from fxsight.effects import mutated_arguments, storages
 from fxsight.errors import EditError, TextError
@@ -82,7 +82,7 @@ class _Reader:
 
     def graph(self) -> Graph:
         try:
-            traced = _dynamo.trace(self.gm, self.values)
+            traced = _torch.trace_dynamo(self.gm, self.values)
         except Exception as error:  # whatever an operator without a fake raises
             raise EditError(f"this graph of Dynamo's cannot be read: {error}") from error
         self._placeholders(traced)
@@ -105,7 +105,7 @@ class _Reader:
         )  # fmt: skip
         names = {s: int(symint.node.hint) for s, symint in symbols.items()}
         own = None if self.own is None else ModuleCall(self.own, 0)
-        whole = frozenset(call for call in self.keys.values() if not _dynamo.breaks_in_calls())
+        whole = frozenset(call for call in self.keys.values() if not _torch.breaks_in_calls())
         whole = whole if own is None else whole - {own}
         return Graph(
             self.frame,
@@ -145,7 +145,7 @@ class _Reader:
         self.env[node] = new
 
     def _call(self, node: fx.Node) -> None:
-        if _dynamo.is_grad_switch(node.target):
+        if _torch.is_grad_switch(node.target):
             self.grad = bool(node.args[0])
             return
         value = node.meta.get("val")
@@ -203,7 +203,7 @@ class _Reader:
             sizes = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
             for size in sizes:
                 expr = _torch.size_expr(size) if isinstance(size, torch.SymInt) else None
-                if expr is not None and expr.is_Symbol and _dynamo.has_example(size):
+                if expr is not None and expr.is_Symbol and _torch.has_example(size):
                     found.setdefault(str(expr), size)
         return found
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from fxsight import _dynamo
+from fxsight import _torch
 
 _SELF = re.compile(r"[LG]\['\w+'\]$")  # a local of the frame, or a global
 
@@ -46,7 +46,7 @@ def frame_of(gm: fx.GraphModule, module: nn.Module) -> Frame:
                 named.add(path)
                 selves.add(_self_path(place, path))
     for number, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
-        tensor, place = _dynamo.graph_argument(node)
+        tensor, place = _torch.graph_argument(node)
         name = tensors.get(id(tensor))
         if name is not None and name not in weights.values():
             weights[number] = name
@@ -55,7 +55,7 @@ def frame_of(gm: fx.GraphModule, module: nn.Module) -> Frame:
     selves -= {None, *named}
     own = next(iter(selves)) if len(selves) == 1 and not calls_root else None
     return Frame(
-        frozenset(named | ({own} if own is not None else set())), own, weights, _dynamo.ends_in_break(gm), calls_root
+        frozenset(named | ({own} if own is not None else set())), own, weights, _torch.ends_in_break(gm), calls_root
     )
 
 
