@@ -12,7 +12,7 @@ import pytest
 
 from fxsight.address import Address
 from fxsight.model import Model
-from tests.zoo import ENTRIES
+from tests.zoo import ENTRIES, Entry
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("rnn", "cnn", "opt")
@@ -57,9 +57,9 @@ def test_another_process_with_other_sizes_lists_the_same(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [entry.name for entry in ENTRIES if entry.name not in QUICK])
-def test_every_listed_address_parses_as_it_prints(name: str) -> None:
-    check_addresses(listed(name, 2, 5))
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.name not in QUICK], ids=lambda entry: entry.name)
+def test_every_listed_address_parses_as_it_prints(entry: Entry) -> None:
+    check_addresses(listed(entry.name, 2, entry.lengths[0]))
 
 
 if __name__ == "__main__":
