@@ -97,6 +97,30 @@ _RANDOM = frozenset(
 )
 
 
+SAME = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)  # the same memory, seen the same way
+
+
+def first_same(node: fx.Node) -> fx.Node:
+    """The first node of a program that is the same memory, seen the same way."""
+    while node.op == "call_function" and node.target in SAME:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def is_in(node: fx.Node, whole: fx.Node) -> bool:
+    """Whether a value is all or a part of another's memory, made of it by views."""
+    target = first_same(whole)
+    while True:
+        node = first_same(node)
+        if node is target:
+            return True
+        mine = storages(node)
+        base = next((a for a in node.all_input_nodes if storages(a) & mine and node.name not in mine), None)
+        if base is None:
+            return False
+        node = base
+
+
 def mutated_storages(nodes: Iterable[fx.Node]) -> frozenset[str]:
     """All memory that some node changes."""
     return frozenset(s for node in nodes for argument in mutated_arguments(node) for s in storages(argument))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from fxsight.effects import first_same, is_in
 from fxsight.errors import TraceError
 from fxsight.intervention import Read, Write
 from fxsight.node import Origin
@@ -67,6 +68,37 @@ class Locations:
             node.meta.update(spec=self.spec(location), origin=Origin(user=line(), made_by="body"))
             state = self._states[location.key] = State(location, node, node.name)
         return state
+
+    def present(self, state: State, rows: Rows | None) -> State:
+        """Whose value a location has now: its own, or that of one that is the same tensor, changed in place before.
+
+        rows: of what is asked for.
+        """
+        others = self._changed_beside(state, rows)
+        return next((o for o in others if o.assigned is None and self._first(o) is self._first(state)), state)
+
+    def check_alone(self, state: State, rows: Rows | None) -> None:
+        """Raises: TraceError where some of its memory has been changed under another name since it was read."""
+        mine = self._program.nodes[state.location.node]
+        for other in self._changed_beside(state, rows):
+            theirs = self._first(other)
+            if is_in(mine, theirs) or is_in(theirs, mine):
+                here, there = state.location.address, other.location.address
+                raise TraceError(
+                    f"{here} is in the memory of {there}, which has been changed in place ({other.in_place_line}): "
+                    f"change {here} before that, or change the same numbers in {there}"
+                )
+
+    def _changed_beside(self, state: State, rows: Rows | None) -> Iterator[State]:
+        """The other locations of the same time that have been changed in place, where this one has not been written."""
+        if state.assigned is None and state.in_place is None:
+            for other in self._states.values():
+                is_changed = other.in_place is not None and other.location.since == state.location.since
+                if is_changed and any(overlap(used, rows) for used in other.used):
+                    yield other
+
+    def _first(self, state: State) -> fx.Node:
+        return first_same(self._program.nodes[state.location.node])
 
     def spec(self, location: Location) -> TensorSpec:
         """Dtype, shape (numbers) and strides of a location, of all rows."""

@@ -17,13 +17,12 @@ import torch
 from torch import fx
 
 from fxsight.editor import Editor
-from fxsight.effects import mutated_storages, storages
+from fxsight.effects import SAME, mutated_storages, storages
 from fxsight.intervention import Intervention, Write
 from fxsight.node import Origin, binding_of, origin_of
 from fxsight.spec import TensorSpec, renamed
 
 aten = torch.ops.aten
-_SAME = (aten.alias.default, aten.detach.default)  # the same memory, seen the same way
 
 
 @dataclass(eq=False)
@@ -93,7 +92,7 @@ class Loom:
 
     def _same(self, node: fx.Node) -> fx.Node:
         """The first node that is the same memory seen the same way."""
-        while node.op == "call_function" and node.target in _SAME and node not in self.own:
+        while node.op == "call_function" and node.target in SAME and node not in self.own:
             node = self._now(node, node.all_input_nodes[0])
         return node
 

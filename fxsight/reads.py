@@ -135,13 +135,13 @@ class Reads(ABC):
         return part
 
     def _whole(self, location: Location) -> Value:
-        state = self._state(location)
+        state = self.locations.present(self._state(location), self.rows)
         what, spec = location.address, self.locations.spec(location)
         return self.value(Cell(self, spec, state.node, what, self.line(), handles=[(state, state.version)]))
 
     def node_at(self, location: Location, line: str) -> fx.Node:
         """The present value at a location, of all rows: its node.  line: the user's that asks for it."""
-        return self._state(location, lambda: line).node
+        return self.locations.present(self._state(location, lambda: line), self.rows).node
 
     def row_dim(self, location: Location) -> int | None:
         """The dimension of a location that counts the rows of the batch, inside an invoke; None where all share it.

@@ -68,7 +68,8 @@ class Recorder(Reads):
         """Whether the value is what the location has already (``m.output *= 2`` writes it back)."""
         if not isinstance(value, Value) or value.cell.recorder is not self:
             return False
-        state, cell, dim = self._state(location), value.cell, self.row_dim(location)
+        state = self.locations.present(self._state(location), self.rows)
+        cell, dim = value.cell, self.row_dim(location)
         if dim is not None and self.rows is not None:  # then it is current when it is these rows of the whole
             if cell.base is None or cell.step is None or cell.step[1][1:] != (dim, self.rows.start, self.rows.count):
                 return False
@@ -115,6 +116,7 @@ class Recorder(Reads):
                 continue
             if self.rows is not None and self.row_dim(state.location) is None:
                 raise self._shared(state.location)
+            self.locations.check_alone(state, self.rows)
             self.locations.change(state, root.node, self.line())
             root.handles[number] = (state, state.version)
             self.on_edit(state.location, root.node)
@@ -126,6 +128,7 @@ class Recorder(Reads):
         """
         written = value if self.rows is None else self._scattered(location, value, self.rows)
         state, node = self._state(location), self.body.node_of(written)
+        self.locations.check_alone(state, self.rows)
         self.locations.change(state, node, self.line())
         self.on_edit(location, node)
 
