@@ -117,21 +117,22 @@ class Artifacts:
         if not region.is_compiled or not has_tensors or any(map(is_random, region.graph.nodes)):
             # Sizes, or a buffer's update: nothing to fuse. Random numbers: Inductor keeps no order among draws.
             found = Artifact(straight(region.graph), results, fakes.guards())
-            return self._keep(region, found, "calls", b"")
+            return self._keep(region, found, "calls", bytes)
         compiled = self._compiler(module, example)
         self.made += 1
         parts = take_apart(compiled)
         found = Artifact(compiled if parts is None else put_together(parts), results, fakes.guards())
         if parts is not None:
-            return self._keep(region, found, "parts", parts.to_bytes())
-        return self._keep(region, found, "whole", None if self._files is None else _written(compiled))
+            return self._keep(region, found, "parts", parts.to_bytes)
+        return self._keep(region, found, "whole", lambda: _written(compiled))
 
-    def _keep(self, region: Canonical, found: Artifact, form: str, data: bytes | None) -> Artifact:
-        """Write what has been made; None: it cannot be written.
+    def _keep(self, region: Canonical, found: Artifact, form: str, write: Callable[[], bytes | None]) -> Artifact:
+        """Write what has been made, where there is a folder.
 
         form: ``calls``, nothing but the operators; ``parts``, of ``kernels``; ``whole``, as torch writes it.
+        write: makes the contents; None for what cannot be written.
         """
-        if self._files is not None and data is not None:
+        if self._files is not None and (data := write()) is not None:
             told = {"results": [write_spec(spec) for spec in found.results], "guards": [str(g) for g in found.guards]}
             header = {**_identity(region), **told, "form": form}
             self._files.write(_name(region), json.dumps(header).encode() + b"\n" + data)

@@ -144,7 +144,8 @@ class Captures:
 
     def _find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, dict[str, int]]:
         leaves, tree = flatten((args, dict(kwargs)))
-        key = self._key(tree, leaves, not any(pasts_in((args, kwargs))))
+        by_layout = not any(pasts_in((args, kwargs)))
+        key = self._key(tree, leaves, by_layout)
         known = self._programs.setdefault(key, [])
         for program in known:
             try:
@@ -157,7 +158,7 @@ class Captures:
             loaded = self._load(key, leaves)
             found = [loaded] if loaded is not None else self._capture(key, args, kwargs)
         if self._shows_unseen(found):
-            known = self._programs.setdefault(self._key(tree, leaves, not any(pasts_in((args, kwargs)))), [])
+            known = self._programs.setdefault(self._key(tree, leaves, by_layout), [])
         known += found
         self.latest = known[-1]
         self.latest_sizes = bind_sizes(self.latest, leaves)

@@ -107,18 +107,22 @@ def first_same(node: fx.Node) -> fx.Node:
     return node
 
 
+def base_of(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory a view is in; None for memory of its own."""
+    mine = storages(node)
+    return next((a for a in node.all_input_nodes if storages(a) & mine and node.name not in mine), None)
+
+
 def is_in(node: fx.Node, whole: fx.Node) -> bool:
     """Whether a value is all or a part of another's memory, made of it by views."""
     target = first_same(whole)
-    while True:
-        node = first_same(node)
-        if node is target:
+    at: fx.Node | None = node
+    while at is not None:
+        at = first_same(at)
+        if at is target:
             return True
-        mine = storages(node)
-        base = next((a for a in node.all_input_nodes if storages(a) & mine and node.name not in mine), None)
-        if base is None:
-            return False
-        node = base
+        at = base_of(at)
+    return False
 
 
 def mutated_storages(nodes: Iterable[fx.Node]) -> frozenset[str]:

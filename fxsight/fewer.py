@@ -68,9 +68,9 @@ class Fewer:
         if self._moves is None:
             self._moves = moves(graph, NarrowReads(layout=True))
             self._columns = [(node, count([p for r in found for p in r.pieces])) for node, found in narrowable(graph)]
-        rows = sum(self._rows_left_out(move, sizes) for move in self._moves)
         if not lie_as_captured(self._program, leaves, sizes):
             return None
+        rows = sum(self._rows_left_out(move, sizes) for move in self._moves)
         if rows + sum(self._columns_left_out(*layer, sizes) for layer in self._columns) < LEAST:
             return None
         but = () if sizes == self._sizes else of_one_size(self._program)

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxsight.editor import Editor
-from fxsight.effects import SAME, mutated_storages, storages
+from fxsight.effects import SAME, base_of, mutated_storages, storages
 from fxsight.intervention import Intervention, Write
 from fxsight.node import Origin, binding_of, origin_of
 from fxsight.spec import TensorSpec, renamed
@@ -99,8 +99,7 @@ class Loom:
     def _memory(self, node: fx.Node) -> fx.Node:
         """The node whose memory this is a view of, as things stand; itself when its memory is its own."""
         while True:
-            mine = storages(node)
-            base = next((a for a in node.all_input_nodes if storages(a) & mine and node.name not in mine), None)
+            base = base_of(node)
             if base is None or node in self.own:
                 return node
             node = self._now(node, base)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from torch import fx
 
@@ -39,20 +40,20 @@ def worthwhile(program: Program, regions: Sequence[Region]) -> list[Region]:
     if not is_here or not any(region.place for region in regions):
         return list(regions)
     runs = [{size.name: length for size in program.sizes} for length in (SHORT, LONG)]
-    allowed = [SHARE * _least(program, sizes) for sizes in runs]
 
     def is_compiled(region: Region) -> bool:
-        saved = (_saved(region.nodes, sizes) for sizes in runs)
-        return bool(region.place) or any(a > b for a, b in zip(saved, allowed, strict=True))
+        return bool(region.place) or not all(_takes(program, s, _saved(region.nodes, s) / SHARE) for s in runs)
 
     return [replace(region, is_compiled=is_compiled(region)) for region in regions]
 
 
-def _least(program: Program, sizes: Sizes) -> float:
-    """Seconds that a run takes at least."""
-    weights = [n for n in program.graph.nodes if n.op == "placeholder" and binding_of(n).kind != "input"]
-    read = math.fsum(bytes_of(n.meta["spec"], sizes) for n in weights)
-    return max(read / READ, cost_of(program.graph.nodes, sizes).flops / FLOPS)
+def _takes(program: Program, sizes: Sizes, seconds: float) -> bool:
+    """Whether a run certainly takes so long; of its operators as many are looked at as are needed to tell."""
+    nodes = program.graph.nodes
+    weights = (n for n in nodes if n.op == "placeholder" and binding_of(n).kind != "input")
+    read = accumulate(bytes_of(n.meta["spec"], sizes) for n in weights)
+    computed = accumulate(cost_of([n], sizes).flops for n in nodes)
+    return any(size >= seconds * READ for size in read) or any(flops >= seconds * FLOPS for flops in computed)
 
 
 def _saved(nodes: Iterable[fx.Node], sizes: Sizes) -> float:
